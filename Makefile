@@ -1,0 +1,45 @@
+# resnet_cifar: `make train` and `make test` are all a newcomer needs; each target sets up .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN_DIR ?= checkpoints/quick
+
+.PHONY: help train test export lab clean
+
+help:
+	@echo "make train   set up, fetch CIFAR-10, train the recipe 'quick', show the test accuracy"
+	@echo "make test    run all notebooks, pytest and the repository rules"
+	@echo "make lab     open the notebooks in JupyterLab"
+	@echo "make export  notebooks -> resnet_cifar/*.py and README.md, notebooks cleaned"
+	@echo "make clean   remove .venv and what was built (data and checkpoints stay)"
+
+train: .venv/runtime.stamp
+	$(BIN)/python -m resnet_cifar train --recipe quick --root data/datasets --ckpt_dir $(RUN_DIR) --resume auto
+
+test: .venv/dev.stamp
+	$(BIN)/python tests/rules.py
+	$(BIN)/python tests/run_notebooks.py
+	$(BIN)/python -m pytest
+
+export: .venv/dev.stamp
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/readme.py
+
+lab: .venv/dev.stamp
+	$(BIN)/jupyter lab --notebook-dir nbs nbs/index.ipynb
+
+clean:
+	rm -rf .venv build dist _docs _proc *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# a stamp a kind of install: made again when the requirements change
+.venv/runtime.stamp: settings.ini setup.py | .venv/bin/python
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+.venv/dev.stamp: settings.ini setup.py | .venv/bin/python
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@ .venv/runtime.stamp
