@@ -88,7 +88,7 @@ class TrainConfig:
 _NAMES = dict(model_name=MODELS, optimizer=OPTIMIZERS, lr_scheduler=SCHEDULERS, precision=('auto', 'fp32', 'bf16'), device=('auto', 'cpu', 'cuda', 'mps'))
 _RANGES = dict( # at least, at most; True: more than the first
     width=(1, 1024), random_seed=(0, 2**32 - 1), batch_size=(1,), num_epochs=(1,), lr=(0, math.inf, True), momentum=(0, 1), weight_decay=(0,),
-    t_max=(1,), pct_start=(0, 1), step_size=(1,), gamma=(0, 1, True), label_smoothing=(0, 1), ema_decay=(0, 0.999999),
+    t_max=(1,), pct_start=(0.01, 0.99), step_size=(1,), gamma=(0, 1, True), label_smoothing=(0, 1), ema_decay=(0, 0.999999),
     valid_size=(0,), limit_train=(1,), limit_test=(1,), num_workers=(0, 64))
 
 # %% ../nbs/04_config.ipynb #RECIPES
