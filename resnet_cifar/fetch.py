@@ -332,7 +332,7 @@ def one_line_errors(
         argv = list(sys.argv[1:] if argv is None else argv)
         debug = '--debug' in argv
         try: return main([word for word in argv if word!='--debug']) or 0
-        except KeyboardInterrupt: error, code = 'stopped', 130
+        except KeyboardInterrupt as e: error, code = str(e) or 'stopped', 130
         except Exception as e:
             if debug: traceback.print_exc()
             mendable = isinstance(e, (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError))
