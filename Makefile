@@ -16,7 +16,6 @@ train: .venv/runtime.stamp
 	$(BIN)/python -m resnet_cifar train --recipe quick --root data/datasets --ckpt_dir $(RUN_DIR) --resume auto
 
 test: .venv/dev.stamp
-	$(BIN)/python tests/rules.py
 	$(BIN)/python tests/run_notebooks.py
 	$(BIN)/python -m pytest
 

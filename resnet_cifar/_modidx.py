@@ -141,6 +141,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer.resolve': ('trainer.html#resolve', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer.run': ('trainer.html#run', 'resnet_cifar/trainer.py'),
+                                      'resnet_cifar.trainer.train': ('trainer.html#train', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer.write_record': ('trainer.html#write_record', 'resnet_cifar/trainer.py')},
             'resnet_cifar.training': { 'resnet_cifar.training.Callback': ('training.html#callback', 'resnet_cifar/training.py'),
                                        'resnet_cifar.training.Callback.after_epoch': ( 'training.html#callback.after_epoch',

@@ -8,13 +8,11 @@ __all__ = ['COMMANDS', 'EvaluateFlags', 'evaluate_command', 'train_command', 'do
 # %% ../nbs/10_cli.ipynb #imports-export
 import dataclasses
 import difflib
-import importlib
-import sys
 from typing import Literal
 
 import resnet_cifar
 from .config import parse_args
-from .fetch import one_line_errors, parse_flags
+from .fetch import DownloadFlags, download_cifar10, one_line_errors, parse_flags
 
 # %% ../nbs/10_cli.ipynb #EvaluateFlags
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +53,18 @@ def evaluate_command(
 # %% ../nbs/10_cli.ipynb #COMMANDS
 def train_command(
     argv:list, # the words after `train`
-)->int:        # exit code
+)->None:
     "The command `resnet-cifar train`; wrong flags are answered before PyTorch is imported."
-    parse_args(argv)
-    return importlib.import_module('resnet_cifar.trainer').main.__wrapped__(argv)
+    config, flags = parse_args(argv)
+    from resnet_cifar.trainer import train
+    train(config, flags)
 
 def download_command(
     argv:list, # the words after `download`
-)->int:        # exit code
+)->None:
     "The command `resnet-cifar download`."
-    return importlib.import_module('resnet_cifar.fetch').main.__wrapped__(argv)
+    flags = parse_flags(DownloadFlags, argv, prog='resnet-cifar download')
+    download_cifar10(**dataclasses.asdict(flags))
 
 COMMANDS = { # name -> function of the remaining words, one line of help
     'download': (download_command, 'fetch CIFAR-10 (170 MB) and verify it'),

@@ -315,7 +315,7 @@ def parse_flags(
     words = [bool(re.search(r'\w', line)) for line in lines]
     first = words.index(True)
     last = words.index(False, first)
-    message = ' '.join(line.strip('│| ') for line in lines[first:last]).rstrip('.')
+    message = re.sub(r'^Error parsing (?!--)\S+ ', '', ' '.join(line.strip('│| ') for line in lines[first:last])).rstrip('.') # our own words come without tyro's
     known = {f'--{field.name}' for field in dataclasses.fields(spec)}
     strange = [word.partition('=')[0].replace('-', '_').replace('__', '--', 1) for word in argv if word.startswith('--')]
     nearest = [match for word in strange if word not in known for match in difflib.get_close_matches(word, known, n=1)]
@@ -358,7 +358,7 @@ def main(
 )->int:        # exit code
     "The command `resnet-cifar download`, also `python -m resnet_cifar.fetch`."
     flags = parse_flags(DownloadFlags, argv, prog='resnet-cifar download')
-    download_cifar10(flags.root, source=flags.source, archive=flags.archive, skip_checksum=flags.skip_checksum)
+    download_cifar10(**dataclasses.asdict(flags))
 
 # %% ../nbs/02_fetch.ipynb #main-guard
 #| eval: false

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'resolve', 'make_loaders', 'expected_seconds', 'describe', 'machine_name', 'RunFolder', 'RunResult',
-           'run', 'command_of', 'require_clean_checkout', 'write_record', 'main']
+           'run', 'command_of', 'require_clean_checkout', 'write_record', 'train', 'main']
 
 # %% ../nbs/07_trainer.ipynb #imports-export
 import copy
@@ -25,7 +25,7 @@ import torch
 
 import resnet_cifar
 from .checkpoint import Checkpointer, load_checkpoint, load_model, restore, state_digest
-from .config import TrainConfig, parse_args
+from .config import TrainConfig, TrainFlags, parse_args
 from .data import CLASSES, BatchLoader, load_cifar10, split_train_valid
 from .fetch import download_cifar10, one_line_errors
 from .models import create_model, summary
@@ -326,13 +326,12 @@ def write_record(
                            commit=_git('rev-parse', 'HEAD'), sources=sources.hexdigest()))
     return path
 
-# %% ../nbs/07_trainer.ipynb #main
-@one_line_errors
-def main(
-    argv:list, # the words of the command line; left out: `sys.argv`
-)->int:        # exit code
-    "The command `resnet-cifar train`, also `python -m resnet_cifar.trainer`."
-    config, flags = parse_args(argv)
+# %% ../nbs/07_trainer.ipynb #train
+def train(
+    config:TrainConfig, # what to compute
+    flags:TrainFlags,   # `resume`, `overwrite` and `record`
+)->None:
+    "Run, record if asked, and print what came out and what to try next."
     runs = require_clean_checkout() if flags.record else None
     result = run(config, resume=flags.resume, overwrite=flags.overwrite)
     augmented = '' if result.test_accuracy_tta is None else f', {result.test_accuracy_tta:.4f} with mirror images averaged'
@@ -340,6 +339,14 @@ def main(
     print(f'run folder    {config.ckpt_dir} (curves.png shows the history)')
     print(f'try next      resnet-cifar evaluate --ckpt {config.ckpt_dir} --root {config.root}')
     if runs is not None: print(f'record        {write_record(config, result, runs).name}')
+
+# %% ../nbs/07_trainer.ipynb #main
+@one_line_errors
+def main(
+    argv:list, # the words of the command line; left out: `sys.argv`
+)->None:
+    "The command `python -m resnet_cifar.trainer`; `resnet-cifar train` is the same."
+    train(*parse_args(argv))
 
 # %% ../nbs/07_trainer.ipynb #main-guard
 #| eval: false

@@ -1,0 +1,58 @@
+"The package as users get it: built, installed away from the checkout, silent on import."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(p.stem for p in ROOT.glob('resnet_cifar/*.py') if not p.stem.startswith('_'))
+TORCHLESS = ('fetch', 'config', 'cli')
+BLOCK = '''
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('fastcore', 'nbdev', 'IPython', 'execnb'): raise ImportError('not there: ' + name)
+sys.meta_path.insert(0, Block())
+'''
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    "The wheel, unpacked where only it is, without the tools that the book is written with."
+    folder = tmp_path_factory.mktemp('wheel')
+    subprocess.run([sys.executable, '-m', 'build', '--wheel', '--outdir', folder, ROOT], check=True, capture_output=True)
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', folder/'site', *folder.glob('*.whl')], check=True)
+    (folder/'site'/'sitecustomize.py').write_text(BLOCK)
+    return folder/'site'
+
+
+def python(installed, code, *words):
+    return subprocess.run([sys.executable, *(['-c', code] if code else []), *words], cwd=installed.parent, env=os.environ | dict(PYTHONPATH=str(installed)), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('module', ['__init__', *MODULES])
+def test_import_is_silent(installed, module):
+    name = 'resnet_cifar' if module=='__init__' else f'resnet_cifar.{module}'
+    heavy = ['matplotlib'] if module not in ('__init__', *TORCHLESS) else ['torch', 'matplotlib', 'numpy' if module=='__init__' else 'torch']
+    done = python(installed, f'''
+import sys, {name}
+assert {str(installed)!r} in {name}.__file__, {name}.__file__
+assert not set({heavy!r}) & set(sys.modules), set({heavy!r}) & set(sys.modules)
+''')
+    assert (done.returncode, done.stdout, done.stderr)==(0, '', '')
+
+
+def test_sample_and_types_are_inside(installed):
+    assert {p.name for p in (installed/'resnet_cifar').rglob('*')} >= {'py.typed', 'train.png', 'test.png'}
+    assert sum(p.stat().st_size for p in (installed/'resnet_cifar'/'sample').iterdir()) < 4_000_000
+    done = python(installed, 'from resnet_cifar.data import sample_cifar10; print(sample_cifar10().train_labels.bincount().tolist())')
+    assert done.stdout.strip()==str([100]*10)
+
+
+def test_wheel_trains(installed, cifar10_root, tmp_path):
+    done = python(installed, None, '-m', 'resnet_cifar.trainer', '--root', str(cifar10_root), '--ckpt_dir', str(tmp_path/'run'), '--width', '4',
+                  '--limit_train', '256', '--limit_test', '100', '--valid_size', '100', '--num_epochs', '1')
+    assert done.returncode==0, done.stderr
+    assert 'test accuracy' in done.stdout

@@ -1,0 +1,93 @@
+"Repository rules: the notebook is the source, and it is kept clean."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from readme import markdown
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in ROOT.glob('nbs/**/*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+CHAPTERS = {p.stem[3:]: p.stem[:2] for p in NOTEBOOKS if re.match(r'\d\d_', p.stem)}
+BY_HAND = {'__init__.py', '__main__.py', '_modidx.py'}
+
+
+def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+def source(cell): return ''.join(cell['source'])
+
+
+@pytest.fixture(scope='module')
+def copy_of_tree(tmp_path_factory):
+    "A copy without data and builds, in which nbdev may write."
+    copy = tmp_path_factory.mktemp('tree')/'resnet_cifar'
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '*.egg-info', 'build', 'dist', '__pycache__'))
+    return copy
+
+
+def test_export_is_in_sync(copy_of_tree):
+    subprocess.run([Path(sys.executable).parent/'nbdev_export'], cwd=copy_of_tree, check=True)
+    for module in sorted(ROOT.glob('resnet_cifar/*.py')):
+        assert (copy_of_tree/'resnet_cifar'/module.name).read_text()==module.read_text(), f'{module.name} is not what the notebooks export: make export'
+    assert {p.stem for p in ROOT.glob('resnet_cifar/*.py')} == set(CHAPTERS) | {Path(name).stem for name in BY_HAND}
+
+
+def test_notebooks_are_clean(copy_of_tree):
+    subprocess.run([Path(sys.executable).parent/'nbdev_clean'], cwd=copy_of_tree, check=True)
+    for path in NOTEBOOKS:
+        assert (copy_of_tree/path.relative_to(ROOT)).read_text()==path.read_text(), f'{path.name} is not clean: make export'
+
+
+def test_readme_is_in_sync():
+    index = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))
+    assert markdown(index)==(ROOT/'README.md').read_text(encoding='utf-8'), 'README.md is not what index.ipynb makes: make export'
+
+
+def test_imports_point_to_lower_numbers():
+    for name, number in CHAPTERS.items():
+        for node in ast.walk(ast.parse((ROOT/'resnet_cifar'/f'{name}.py').read_text())):
+            imported = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for module in imported:
+                stem = (module or '').partition('resnet_cifar.')[2]
+                assert not stem or CHAPTERS[stem] < number, f'{name} imports {module}'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(path):
+    for cell in cells(path):
+        code = source(cell)
+        where = f'{path.name}, cell {cell["id"]}'
+        assert re.fullmatch(r'[a-zA-Z][\w-]*', cell['id']), f'{where}: ids are words'
+        if cell['cell_type']!='code': continue
+        assert not re.search(r'^\s*from \S+ import \*', code, re.M), f'{where}: star import'
+        outputs = json.dumps(cell['outputs'])
+        assert not any(o['output_type']=='error' for o in cell['outputs']), f'{where}: stored error'
+        leaks = [word for word in ('/home/', '/root/', '/tmp/', '/work/', '/Users/', 'Warning') if word in outputs]
+        assert not leaks, f'{where}: output holds {leaks}'
+        if re.match(r'#\|\s*exports?\b', code): assert len(code.splitlines()) <= 45, f'{where}: {len(code.splitlines())} lines'
+    assert path.stat().st_size < 400_000, f'{path.name} is {path.stat().st_size/1000:.0f} kB'
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem[:2].isdigit()], ids=lambda p: p.stem)
+def test_chapter_ends_with_a_tested_solution(path):
+    ids = [cell['id'] for cell in cells(path)]
+    assert ids[-3:]==['recap', 'exercise', 'exercise-test']
+    exercise, check = (source(cell) for cell in cells(path)[-2:])
+    solution = re.search(r'<details>.*?```python\n(.*?)```.*?</details>', exercise, re.S).group(1).strip()
+    assert solution in check, 'the solution that readers see is not the one that is tested'
+    assert 'test_' in check.replace('#| hide', '')
+
+
+def test_figures_have_alt_texts():
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            if any('image/png' in output.get('data', {}) for output in cell.get('outputs', [])):
+                assert '#| fig-alt:' in source(cell) and '#| fig-cap:' in source(cell), f'{path.name}, cell {cell["id"]}'
+
+
+def test_ruff():
+    subprocess.run([sys.executable, '-m', 'ruff', 'check', '--quiet'], cwd=ROOT, check=True)
