@@ -6,7 +6,6 @@
 __all__ = ['conv3x3', 'conv1x1', 'PadShortcut', 'make_shortcut', 'BasicBlock', 'Bottleneck', 'init_weights']
 
 # %% ../nbs/00_blocks.ipynb #imports-export
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -7,7 +7,6 @@ __all__ = ['FORMAT', 'save_checkpoint', 'load_checkpoint', 'checkpoint_of', 'res
            'Checkpointer']
 
 # %% ../nbs/06_checkpoint.ipynb #imports-export
-import contextlib
 import dataclasses
 import hashlib
 import os

@@ -29,7 +29,8 @@ SCHEDULERS = ('CosineAnnealingLR', 'OneCycleLR', 'StepLR', 'LinearWarmupCosine',
 def _require_one_of(flag, value, allowed):
     "Raise a `ValueError` with the nearest name unless `value` is one of `allowed`."
     if value in allowed: return
-    nearest = difflib.get_close_matches(str(value).lower(), names := {name.lower(): name for name in allowed}, n=1, cutoff=0)[0]
+    names, word = {name.lower(): name for name in allowed}, str(value).lower()
+    nearest = [*(name for name in names if name.startswith(word)), *difflib.get_close_matches(word, names, n=1, cutoff=0)][0]
     raise ValueError(f'--{flag} {value}: did you mean {names[nearest]}? Allowed are {", ".join(allowed)}')
 
 def _require_range(flag, value, low, high=math.inf, above=False):
@@ -74,15 +75,7 @@ class TrainConfig:
     deterministic:bool=False            # refuse operations whose results vary from run to run (on a GPU; a CPU run repeats anyway)
     skip_checksum:bool=False            # take the pixels as they are, for a data set of your own in CIFAR-10's form
 
-    def __post_init__(self):
-        "Check every name and range."
-        object.__setattr__(self, 'model_name', self.model_name.lower())
-        object.__setattr__(self, 'image_sizes', tuple(self.image_sizes)) # JSON and TOML have lists
-        for flag, allowed in _NAMES.items(): _require_one_of(flag, getattr(self, flag), allowed)
-        for flag, limits in _RANGES.items():
-            value = getattr(self, flag)
-            if value is not None: _require_range(flag, value, *limits)
-        for size in self.image_sizes: _require_range('image_sizes', size, 8, 256)
+    def __post_init__(self): _check_and_settle(self)
 
 # %% ../nbs/04_config.ipynb #ranges
 _NAMES = dict(model_name=MODELS, optimizer=OPTIMIZERS, lr_scheduler=SCHEDULERS, precision=('auto', 'fp32', 'bf16'), device=('auto', 'cpu', 'cuda', 'mps'))
@@ -91,10 +84,21 @@ _RANGES = dict( # at least, at most; True: more than the first
     t_max=(1,), pct_start=(0.01, 0.99), step_size=(1,), gamma=(0, 1, True), label_smoothing=(0, 1), ema_decay=(0, 0.999999),
     valid_size=(0,), limit_train=(1,), limit_test=(1,), num_workers=(0, 64))
 
+# %% ../nbs/04_config.ipynb #check_and_settle
+def _check_and_settle(config):
+    "Check every name and range of a `TrainConfig`; capitals of the model's name and lists from files are settled."
+    object.__setattr__(config, 'model_name', config.model_name.lower())
+    object.__setattr__(config, 'image_sizes', tuple(config.image_sizes)) # JSON and TOML have lists
+    for flag, allowed in _NAMES.items(): _require_one_of(flag, getattr(config, flag), allowed)
+    for flag, limits in _RANGES.items():
+        value = getattr(config, flag)
+        if value is not None: _require_range(flag, value, *limits)
+    for size in config.image_sizes: _require_range('image_sizes', size, 8, 256)
+
 # %% ../nbs/04_config.ipynb #RECIPES
 RECIPES = {
     'quick': TrainConfig(model_name='resnet18', optimizer='SGD', lr=0.2, weight_decay=5e-4, lr_scheduler='OneCycleLR', pct_start=0.25, batch_size=128,
-                         num_epochs=5, image_sizes=(16, 16, 16, 24, 32), label_smoothing=0.1, transform=True, num_workers=0, ckpt_dir='./checkpoints/quick'),
+                         num_epochs=5, image_sizes=(16, 16, 16, 24, 32), label_smoothing=0.1, transform=True, valid_size=0, num_workers=0, ckpt_dir='./checkpoints/quick'),
 }
 
 # %% ../nbs/04_config.ipynb #config_from_dict

@@ -8,7 +8,6 @@ __all__ = ['ResNet', 'list_models', 'create_model', 'resnet18', 'resnet34', 'res
 
 # %% ../nbs/01_models.ipynb #imports-export
 import difflib
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import BasicBlock, Bottleneck, conv3x3, init_weights
+
+# %% ../nbs/01_models.ipynb #_stage
+def _stage(block, in_channels, channels, num_blocks, stride, shortcut):
+    "The blocks of one stage; the first one changes size and channels."
+    first = block(in_channels, channels, stride, shortcut)
+    return nn.Sequential(first, *[block(channels*block.expansion, channels, 1, shortcut) for _ in range(num_blocks - 1)])
 
 # %% ../nbs/01_models.ipynb #ResNet
 class ResNet(nn.Module):
@@ -39,12 +44,9 @@ class ResNet(nn.Module):
         self.bn1, self.relu = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         in_channels = width
-        for i, num_blocks in enumerate(layers):
-            channels, blocks = width*2**i, []
-            for j in range(num_blocks):
-                blocks.append(block(in_channels, channels, 2 if i and not j else 1, shortcut)) # stages after the first halve the picture
-                in_channels = channels*block.expansion
-            self.add_module(f'layer{i+1}', nn.Sequential(*blocks))
+        for i, num_blocks in enumerate(layers): # stages after the first halve the picture
+            self.add_module(f'layer{i+1}', _stage(block, in_channels, width*2**i, num_blocks, 2 if i else 1, shortcut))
+            in_channels = width*2**i*block.expansion
         self.num_stages, self.num_features = len(layers), in_channels
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(in_channels, num_classes)
         init_weights(self, zero_init_residual)

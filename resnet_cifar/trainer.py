@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'resolve', 'make_loaders', 'expected_seconds', 'describe', 'machine_name', 'RunFolder', 'RunResult',
-           'run', 'command_of', 'require_clean_checkout', 'write_record', 'train', 'main']
+           'run', 'command_of', 'clean_checkout', 'write_record', 'train', 'main']
 
 # %% ../nbs/07_trainer.ipynb #imports-export
 import copy
@@ -297,33 +297,33 @@ def command_of(
         else: words.append(f'--{name} ' + (' '.join(map(str, value)) if isinstance(value, tuple) else str(value)))
     return ' '.join(words)
 
-# %% ../nbs/07_trainer.ipynb #record
+# %% ../nbs/07_trainer.ipynb #clean_checkout
 def _git(*words):
     "What git says about the checkout that this package lies in; not in a checkout is a `ValueError`."
     try: return subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): raise ValueError('--record: the package is not in a git checkout') from None
 
-def require_clean_checkout()->Path: # the folder for records
-    "Refuse to record from a tree that no commit describes."
-    runs = Path(_git('rev-parse', '--show-toplevel'))/'nbs'/'runs'
+def clean_checkout()->dict: # 'commit', 'sources' (SHA-256 over the package's files) and 'runs', the folder for records
+    "What a record says about the code, taken before the run; a tree that no commit describes is a `ValueError`."
+    runs, sources = Path(_git('rev-parse', '--show-toplevel'))/'nbs'/'runs', hashlib.sha256()
     if not runs.is_dir(): raise ValueError('--record: the checkout has no folder nbs/runs')
     changed = _git('status', '--porcelain')
     if changed: raise ValueError(f'--record: the tree is not clean ({changed.splitlines()[0].strip()}): commit first')
-    return runs
+    for file in sorted(Path(__file__).parent.glob('*.py')): sources.update(file.name.encode() + b'\n' + file.read_bytes())
+    return dict(commit=_git('rev-parse', 'HEAD'), sources=sources.hexdigest(), runs=runs)
 
+# %% ../nbs/07_trainer.ipynb #write_record
 def write_record(
     config:TrainConfig, # as the run was started
     result:RunResult,   # its result
-    runs:Path,          # folder for records
+    checkout:dict,      # from `clean_checkout`, before the run
 )->Path:                # the record, named after the run folder
     "Settings, history and result in one JSON, with commit and sources' checksum, without paths or host names."
-    folder, sources = Path(config.ckpt_dir), hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob('*.py')): sources.update(file.name.encode() + b'\n' + file.read_bytes())
+    folder = Path(config.ckpt_dir)
     settings = {k: v for k, v in json.loads((folder/'config.json').read_text()).items() if k not in ('root', 'ckpt_dir')}
-    history = load_checkpoint(folder/'last.ckpt')['history']
-    path = runs/f'{folder.name}.json'
-    _write_json(path, dict(command=command_of(config), config=settings, history=history, result=dataclasses.asdict(result),
-                           commit=_git('rev-parse', 'HEAD'), sources=sources.hexdigest()))
+    path = checkout['runs']/f'{folder.name}.json'
+    _write_json(path, dict(command=command_of(config), config=settings, history=load_checkpoint(folder/'last.ckpt')['history'],
+                           result=dataclasses.asdict(result), commit=checkout['commit'], sources=checkout['sources']))
     return path
 
 # %% ../nbs/07_trainer.ipynb #train
@@ -332,13 +332,13 @@ def train(
     flags:TrainFlags,   # `resume`, `overwrite` and `record`
 )->None:
     "Run, record if asked, and print what came out and what to try next."
-    runs = require_clean_checkout() if flags.record else None
+    checkout = clean_checkout() if flags.record else None
     result = run(config, resume=flags.resume, overwrite=flags.overwrite)
     augmented = '' if result.test_accuracy_tta is None else f', {result.test_accuracy_tta:.4f} with mirror images averaged'
     print(f'test accuracy {result.test_accuracy:.4f}{augmented} (epoch {result.tested_epoch}, the {result.tested}), {result.seconds/60:.1f} min, {result.images_per_second:.0f} images/s')
     print(f'run folder    {config.ckpt_dir} (curves.png shows the history)')
     print(f'try next      resnet-cifar evaluate --ckpt {config.ckpt_dir} --root {config.root}')
-    if runs is not None: print(f'record        {write_record(config, result, runs).name}')
+    if checkout is not None: print(f'record        {write_record(config, result, checkout).name}')
 
 # %% ../nbs/07_trainer.ipynb #main
 @one_line_errors

@@ -315,4 +315,5 @@ def plot_history(
         ax.legend(fontsize=7)
     axes[2].plot(epochs, [row['lr'] for row in history], 'o-', markersize=3, color='tab:grey')
     axes[2].set(xlabel='epoch', ylabel='learning rate')
+    for ax in axes: ax.xaxis.get_major_locator().set_params(integer=True)
     return axes
