@@ -306,7 +306,7 @@ def _git(*words):
 def clean_checkout()->dict: # 'commit', 'sources' (SHA-256 over the package's files) and 'runs', the folder for records
     "What a record says about the code, taken before the run; a tree that no commit describes is a `ValueError`."
     runs, sources = Path(_git('rev-parse', '--show-toplevel'))/'nbs'/'runs', hashlib.sha256()
-    if not runs.is_dir(): raise ValueError('--record: the checkout has no folder nbs/runs')
+    if not runs.parent.is_dir(): raise ValueError('--record: the checkout has no folder nbs')
     changed = _git('status', '--porcelain')
     if changed: raise ValueError(f'--record: the tree is not clean ({changed.splitlines()[0].strip()}): commit first')
     for file in sorted(Path(__file__).parent.glob('*.py')): sources.update(file.name.encode() + b'\n' + file.read_bytes())
@@ -322,6 +322,7 @@ def write_record(
     folder = Path(config.ckpt_dir)
     settings = {k: v for k, v in json.loads((folder/'config.json').read_text()).items() if k not in ('root', 'ckpt_dir')}
     path = checkout['runs']/f'{folder.name}.json'
+    path.parent.mkdir(exist_ok=True)
     _write_json(path, dict(command=command_of(config), config=settings, history=load_checkpoint(folder/'last.ckpt')['history'],
                            result=dataclasses.asdict(result), commit=checkout['commit'], sources=checkout['sources']))
     return path
