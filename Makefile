@@ -1,7 +1,7 @@
-# resnet_cifar: `make train` and `make test` are all a newcomer needs; each target sets up .venv by itself.
+# `make train` and `make test` are all a newcomer needs; each target sets up .venv by itself.
+# More flags for the training: make train FLAGS='--random_seed 1'
 PYTHON ?= python3
 BIN := .venv/bin
-RUN_DIR ?= checkpoints/quick
 
 .PHONY: help train test export lab clean
 
@@ -13,7 +13,7 @@ help:
 	@echo "make clean   remove .venv and what was built (data and checkpoints stay)"
 
 train: .venv/runtime.stamp
-	$(BIN)/python -m resnet_cifar train --recipe quick --root data/datasets --ckpt_dir $(RUN_DIR) --resume auto
+	$(BIN)/python -m resnet_cifar train --recipe quick --root data/datasets --ckpt_dir checkpoints/quick --resume auto $(FLAGS)
 
 test: .venv/dev.stamp
 	$(BIN)/python tests/run_notebooks.py
