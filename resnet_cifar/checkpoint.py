@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import torch
@@ -20,6 +21,15 @@ from .config import TrainConfig, config_from_dict
 from .data import CIFAR10_MEAN, CIFAR10_STD, CLASSES
 from .models import create_model
 from .training import Callback, TrainState
+
+# %% ../nbs/06_checkpoint.ipynb #_also_called
+def _also_called(path, other):
+    "Give a file a second name, replacing what had it; a copy where the file system has no links."
+    temporary = other.with_name(f'{other.name}.{os.getpid()}.tmp')
+    temporary.unlink(missing_ok=True)
+    try: os.link(path, temporary)
+    except OSError: shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
 
 # %% ../nbs/06_checkpoint.ipynb #save_checkpoint
 def save_checkpoint(
@@ -35,7 +45,7 @@ def save_checkpoint(
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists(): os.replace(path, path.with_name(keep))
+        if keep is not None and path.exists(): _also_called(path, path.with_name(keep))
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 

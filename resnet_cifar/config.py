@@ -33,6 +33,12 @@ def _require_one_of(flag, value, allowed):
     nearest = [*(name for name in names if name.startswith(word)), *difflib.get_close_matches(word, names, n=1, cutoff=0)][0]
     raise ValueError(f'--{flag} {value}: did you mean {names[nearest]}? Allowed are {", ".join(allowed)}')
 
+def _require_type(flag, value, default):
+    "Raise a `ValueError` unless `value` is of the default's type; a default of `None` stands for a whole number."
+    kind = int if default is None else type(default)
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits and (value is not None or default is not None): raise ValueError(f'--{flag} {value!r}: must be of type {kind.__name__}')
+
 def _require_range(flag, value, low, high=math.inf, above=False):
     "Raise a `ValueError` unless `low <= value <= high` (`low < value` if `above`) and `value` is finite; a NaN is in no range."
     inside = (low < value if above else low <= value) and value <= high and math.isfinite(value)
@@ -87,13 +93,16 @@ _RANGES = dict( # at least, at most; True: more than the first
 # %% ../nbs/04_config.ipynb #check_and_settle
 def _check_and_settle(config):
     "Check every name and range of a `TrainConfig`; capitals of the model's name and lists from files are settled."
-    object.__setattr__(config, 'model_name', config.model_name.lower())
-    object.__setattr__(config, 'image_sizes', tuple(config.image_sizes)) # JSON and TOML have lists
+    object.__setattr__(config, 'model_name', str(config.model_name).lower())
+    if isinstance(config.image_sizes, list): object.__setattr__(config, 'image_sizes', tuple(config.image_sizes)) # JSON and TOML have lists
+    for field in dataclasses.fields(TrainConfig): _require_type(field.name, getattr(config, field.name), field.default)
     for flag, allowed in _NAMES.items(): _require_one_of(flag, getattr(config, flag), allowed)
     for flag, limits in _RANGES.items():
         value = getattr(config, flag)
         if value is not None: _require_range(flag, value, *limits)
-    for size in config.image_sizes: _require_range('image_sizes', size, 8, 256)
+    for size in config.image_sizes:
+        _require_type('image_sizes', size, 0)
+        _require_range('image_sizes', size, 8, 256)
 
 # %% ../nbs/04_config.ipynb #RECIPES
 RECIPES = {
@@ -108,15 +117,11 @@ def config_from_dict(
     default:TrainConfig=TrainConfig(),   # values of the fields that are not there
 )->TrainConfig:
     "A `TrainConfig` from plain values; an unknown field or a wrong type is a `ValueError` that names it."
-    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
-    for name, value in values.items():
-        if name not in fields:
-            raise ValueError(f'{where}: {name} is no setting; did you mean {difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]}?')
-        default_value = getattr(TrainConfig, name, None)
-        kind = int if default_value is None else type(default_value)
-        fits = value is None and default_value is None or isinstance(value, (list, tuple) if kind is tuple else (int, float) if kind is float else kind)
-        if not fits or (isinstance(value, bool) and kind is not bool): raise ValueError(f'{where}: {name} = {value!r} must be of type {kind.__name__}')
-    return dataclasses.replace(default, **values)
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in values:
+        if name not in names: raise ValueError(f'{where}: {name} is no setting; did you mean {difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}?')
+    try: return dataclasses.replace(default, **values)
+    except ValueError as e: raise ValueError(f'{where}: {e}') from None
 
 # %% ../nbs/04_config.ipynb #TrainFlags
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class TrainFlags(TrainConfig):
     "Train a residual network on CIFAR-10. A recipe is the base, --config overrides it, a flag overrides both."
     recipe:str|None=None   # a named set of settings: quick
     config:str|None=None   # a TOML file of settings
-    resume:str|None=None   # auto: go on with the run in --ckpt_dir, start it when there is none; or the path of a run folder or checkpoint
+    resume:str|None=None   # auto: go on with the run in --ckpt_dir, or start it when there is none
     overwrite:bool=False   # start anew in a folder that holds a run
     record:bool=False      # write config, history and result to nbs/runs/ under the run folder's name; needs a clean git checkout
     debug:bool=False       # show the whole traceback of an error

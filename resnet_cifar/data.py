@@ -85,7 +85,7 @@ def split_train_valid(
     num_classes = int(labels.max()) + 1
     each = valid_size//num_classes
     if valid_size < 0 or valid_size%num_classes: raise ValueError(f'--valid_size {valid_size}: must be a multiple of {num_classes}, the number of classes')
-    if each >= labels.bincount().min(): raise ValueError(f'--valid_size {valid_size}: no training images would be left of {len(labels):,}')
+    if each and each >= labels.bincount().min(): raise ValueError(f'--valid_size {valid_size}: no training images would be left of {len(labels):,}')
     is_valid = torch.zeros(len(labels), dtype=torch.bool)
     for c in range(num_classes):
         of_class = torch.nonzero(labels==c).flatten()
@@ -149,10 +149,10 @@ class _BatchDataset(Dataset):
 
     def __getitem__(self, key):
         epoch, number = key
-        if epoch!=self.epoch: # drawn once an epoch in each process
-            self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan_epoch(len(self.images), self.seed, epoch)))
         places = slice(number*self.batch_size, (number + 1)*self.batch_size)
         if not self.shuffle: return self.images[places], self.labels[places]
+        if epoch!=self.epoch: # drawn once an epoch in each process
+            self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan_epoch(len(self.images), self.seed, epoch)))
         index = self.plan.order[places]
         images = self.images[index]
         if self.augment: images = augment(images, self.plan.rows[index], self.plan.columns[index], self.plan.flips[index])

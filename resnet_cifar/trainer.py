@@ -7,6 +7,7 @@ __all__ = ['pick_device', 'resolve', 'make_loaders', 'expected_seconds', 'descri
            'run', 'command_of', 'clean_checkout', 'write_record', 'train', 'main']
 
 # %% ../nbs/07_trainer.ipynb #imports-export
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ import resnet_cifar
 from .checkpoint import Checkpointer, load_checkpoint, load_model, restore, state_digest
 from .config import TrainConfig, TrainFlags, parse_args
 from .data import CLASSES, BatchLoader, load_cifar10, split_train_valid
-from .fetch import download_cifar10, one_line_errors
+from .fetch import _require_writable, download_cifar10, one_line_errors
 from .models import create_model, summary
 from .training import EMA, Callback, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
 
@@ -75,10 +77,11 @@ def expected_seconds(
     model,              # left as it is
     config:TrainConfig, # resolved
     num_train:int,      # images in an epoch
-    num_other:int,      # validation images of all epochs, and test images
+    num_other:int,      # validation images of the epochs to come, and test images
+    finished:int=0,     # epochs that are done
 )->float:               # seconds of training and evaluation
-    "Time one step of a copy on at most 32 images and scale it up; a forward pass is taken for a third of a step."
-    device, batch = torch.device(config.device), min(config.batch_size, 32)
+    "Time one step of a copy (on a CPU with at most 32 images) and scale it up; a forward pass is taken for a third of a step."
+    device, batch = torch.device(config.device), min(config.batch_size, 32) if config.device=='cpu' else config.batch_size
     twin = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.)
     size = max(config.image_sizes or (32,))
@@ -89,7 +92,7 @@ def expected_seconds(
         loss, _ = train_step(twin, images, targets, optimizer, precision=config.precision)
         loss.item() # waits for a GPU
         step = time.perf_counter() - start
-    sizes = [config.image_sizes[min(epoch, len(config.image_sizes) - 1)] if config.image_sizes else size for epoch in range(config.num_epochs)]
+    sizes = [config.image_sizes[min(epoch, len(config.image_sizes) - 1)] if config.image_sizes else size for epoch in range(finished, config.num_epochs)]
     return step/batch*(num_train*sum((s/size)**2 for s in sizes) + num_other/3*(32/size)**2)
 
 # %% ../nbs/07_trainer.ipynb #describe
@@ -97,6 +100,7 @@ def describe(
     model,              # the network
     config:TrainConfig, # resolved
     loaders:tuple,      # from `make_loaders`
+    finished:int=0,     # epochs that are done, of a run that goes on
 )->None:
     "Print the plan of a run before its first epoch."
     train, valid, test = loaders
@@ -109,8 +113,8 @@ def describe(
     print(f'rate         {config.optimizer}, {config.lr_scheduler}: ' + ', '.join(f'{0.0 if plan[e] < 1e-12 else plan[e]:.3g} in epoch {e}' for e in epochs))
     if config.lr_scheduler=='CosineAnnealingLR' and (config.t_max or config.num_epochs) < config.num_epochs:
         print(f'  warning: --t_max {config.t_max} is less than --num_epochs {config.num_epochs}: the rate reaches 0 in epoch {config.t_max} and climbs again; leave --t_max out to end at 0')
-    print(f'run folder   {config.ckpt_dir}')
-    seconds = expected_seconds(model, config, num_train, num_valid*config.num_epochs + num_test)
+    print(f'run folder   {config.ckpt_dir}' + (f', going on after {finished} finished epochs' if finished else ''))
+    seconds = expected_seconds(model, config, num_train, num_valid*(config.num_epochs - finished) + num_test, finished)
     print(f'expected     {"about %.0f min" % (seconds/60) if seconds > 90 else "about %.0f s" % seconds}' + (', and the time to compile' if config.compile else ''), flush=True)
 
 # %% ../nbs/07_trainer.ipynb #machine_name
@@ -140,18 +144,26 @@ class RunFolder(Callback):
     ):
         self.folder, self.config = folder, config
 
-    def after_epoch(self, state):
+    def before_fit(self, state):
+        "A run that goes on may have been stopped between its checkpoint and its table."
+        if state.history: self.write(state.history)
+
+    def write(self, history):
         "Rewrite both files from the whole history."
         def write_csv(path):
             with open(path, 'w', newline='') as file:
-                writer = csv.DictWriter(file, list(state.history[0]))
+                writer = csv.DictWriter(file, list(history[0]))
                 writer.writeheader()
-                writer.writerows(state.history)
+                writer.writerows(history)
         _replace(self.folder/'history.csv', write_csv)
-        _replace(self.folder/'curves.png', lambda path: self.curves(state.history).savefig(path, dpi=120))
+        _replace(self.folder/'curves.png', lambda path: self.curves(history).savefig(path, dpi=120))
+
+    def after_epoch(self, state):
+        "Rewrite the files, print a line."
+        self.write(state.history)
         row = state.history[-1]
-        valid = '' if row['valid_loss'] is None else f' · valid loss {row["valid_loss"]:.4f} accuracy {row["valid_accuracy"]:.4f}'
-        print(f'epoch {row["epoch"] + 1:>3}/{self.config.num_epochs} · train loss {row["train_loss"]:.4f} accuracy {row["train_accuracy"]:.4f}{valid} · {row["seconds"]:.0f} s', flush=True)
+        valid = '' if row['valid_loss'] is None else f' | valid loss {row["valid_loss"]:.4f} accuracy {row["valid_accuracy"]:.4f}'
+        print(f'epoch {row["epoch"]:>3} ({state.epoch}/{self.config.num_epochs}) | train loss {row["train_loss"]:.4f} accuracy {row["train_accuracy"]:.4f}{valid} | {row["seconds"]:.0f} s', flush=True)
 
     def curves(self, history):
         "The figure of `plot_history`, without a window or any global state."
@@ -206,42 +218,61 @@ def _test(config, loaders, state, seconds):
         machine=f'{machine_name(config.device)}, {torch.get_num_threads()} threads',
         versions=dict(python=platform.python_version(), resnet_cifar=resnet_cifar.__version__, **{name: importlib.metadata.version(name) for name in packages}))
 
-# %% ../nbs/07_trainer.ipynb #check_folder
+# %% ../nbs/07_trainer.ipynb #_find_run
 _RUN_FILES = ('config.json', 'history.csv', 'last.ckpt', 'previous.ckpt', 'best.ckpt', 'curves.png', 'result.json')
 _FREE = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum') # these change no number
 
-def _require_same(config, saved, where):
+def _read_json(path):
+    "A file of a run folder; a damaged one is a `ValueError` that names it."
+    try: return json.loads(path.read_text())
+    except (OSError, ValueError) as e: raise ValueError(f'{path} is missing or damaged ({type(e).__name__}): --overwrite starts the run anew') from None
+
+def _require_same(config, saved):
     "Refuse to go on with other settings than a run was started with."
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     for name, value in dataclasses.asdict(config).items():
-        if name not in _FREE and saved.get(name)!=value:
-            raise ValueError(f'--{name} {value}: the run in {where} has {saved.get(name)}; give the same settings, another --ckpt_dir, or --overwrite')
+        theirs = tuple(saved[name]) if isinstance(saved.get(name), list) else saved.get(name)
+        if name not in _FREE and theirs!=value:
+            raise ValueError(f'--{name} {value}: the run in {config.ckpt_dir} has {theirs}; give the same settings, another --ckpt_dir, or --overwrite')
 
 def _find_run(config, resume, overwrite):
     "What is there to go on with: (`RunResult` of a finished run or `None`, checkpoint or `None`)."
     folder = Path(config.ckpt_dir)
-    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'--ckpt_dir {folder} is a file: give a folder')
-    if resume and overwrite: raise ValueError('--resume and --overwrite contradict each other: give one of them')
-    held = [name for name in _RUN_FILES if (folder/name).exists()]
-    if resume not in (None, 'auto'):
-        source = Path(resume)
-        return None, load_checkpoint(source/'last.ckpt' if source.is_dir() else source)
-    if overwrite:
-        for name in held: (folder/name).unlink()
-    elif held and resume is None: raise FileExistsError(f'--ckpt_dir {folder} holds a run: --resume auto goes on with it, --overwrite starts anew')
-    if overwrite or resume is None: return None, None
+    _require_writable('--ckpt_dir', folder)
+    if resume not in (None, 'auto'): raise ValueError(f'--resume {resume}: only auto is known so far, which goes on with the run in --ckpt_dir')
+    held = [] if overwrite else [name for name in _RUN_FILES if (folder/name).exists()]
+    if held and resume is None: raise FileExistsError(f'--ckpt_dir {folder} holds a run: --resume auto goes on with it, --overwrite starts anew')
     if 'result.json' in held:
-        _require_same(config, json.loads((folder/'config.json').read_text()), folder)
-        return RunResult(**json.loads((folder/'result.json').read_text())), None
-    if 'last.ckpt' in held: return None, load_checkpoint(folder/'last.ckpt')
-    print(f'--resume auto: there is no run in {folder}, starting one')
+        _require_same(config, _read_json(folder/'config.json'))
+        try: return RunResult(**_read_json(folder/'result.json')), None
+        except TypeError: raise ValueError(f'{folder/"result.json"} is of another version: --overwrite starts the run anew') from None
+    if 'last.ckpt' in held:
+        saved = load_checkpoint(folder/'last.ckpt')
+        _require_same(config, saved['config'])
+        return None, saved
+    if resume and not overwrite: print(f'--resume auto: there is no run in {folder}, starting one')
     return None, None
+
+# %% ../nbs/07_trainer.ipynb #_sources
+def _sources():
+    "SHA-256 over the package's modules: which code a run was made by."
+    digest = hashlib.sha256()
+    for file in sorted(Path(resnet_cifar.__file__).parent.glob('*.py')): digest.update(file.name.encode() + b'\n' + file.read_bytes())
+    return digest.hexdigest()
+
+@contextlib.contextmanager
+def _determinism(wanted):
+    "PyTorch's deterministic mode while a run lasts."
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # CUDA's matrix products need it
+    torch.use_deterministic_algorithms(wanted or before)
+    try: yield
+    finally: torch.use_deterministic_algorithms(before)
 
 # %% ../nbs/07_trainer.ipynb #run
 def run(
     config:TrainConfig,      # what to compute
     *,
-    resume:str|None=None,    # 'auto', or the path of a run folder or checkpoint to go on from
+    resume:str|None=None,    # 'auto': go on with the run in `config.ckpt_dir`, or start it
     overwrite:bool=False,    # start anew in a folder that holds a run
     callbacks=(),            # `Callback`s of your own; their state is saved with the run
 )->RunResult:
@@ -251,39 +282,39 @@ def run(
     if finished is not None:
         print(f'the run in {config.ckpt_dir} is finished; --overwrite starts it anew')
         return finished
-    if saved is not None: _require_same(config, saved['config'], resume if resume!='auto' else config.ckpt_dir)
     try: dataset = load_cifar10(config.root, config.skip_checksum)
     except FileNotFoundError: dataset = load_cifar10(download_cifar10(config.root, skip_checksum=config.skip_checksum), config.skip_checksum)
-    loaders, folder = make_loaders(config, dataset), Path(config.ckpt_dir)
-    with torch.random.fork_rng(devices=[]): # the weights depend on the seed, and nobody else's draws do
-        torch.manual_seed(config.random_seed)
-        model = create_model(config.model_name, num_classes=len(CLASSES), width=config.width).to(config.device)
-    if config.channels_last: model = model.to(memory_format=torch.channels_last)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder/'config.json', dataclasses.asdict(config) | dict(threads=torch.get_num_threads()))
-    describe(model, config, loaders)
-    kept = [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
-    state = new_state(model, config, len(loaders[0]))
-    if saved is not None:
-        restore(state, saved, kept)
-        print(f'going on after epoch {state.epoch}')
-    earlier = sum(row['seconds'] for row in state.history)
-    _train(config, loaders, state, kept, folder)
-    result = _test(config, loaders, state, lambda: time.monotonic() - begin + earlier)
-    _write_json(folder/'result.json', dataclasses.asdict(result))
+    with _determinism(config.deterministic):
+        loaders = make_loaders(config, dataset)
+        with torch.random.fork_rng(devices=[]): # the weights depend on the seed, and nobody else's draws do
+            torch.manual_seed(config.random_seed)
+            model = create_model(config.model_name, num_classes=len(CLASSES), width=config.width).to(config.device)
+        if config.channels_last: model = model.to(memory_format=torch.channels_last)
+        state, kept = new_state(model, config, len(loaders[0])), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
+        if saved is not None: restore(state, saved, kept)
+        earlier = sum(row['seconds'] for row in state.history)
+        _open_folder(config, fresh=saved is None)
+        describe(model, config, loaders, state.epoch)
+        _train(config, loaders, state, kept)
+        result = _test(config, loaders, state, lambda: time.monotonic() - begin + earlier)
+    _write_json(Path(config.ckpt_dir)/'result.json', dataclasses.asdict(result))
     return result
 
 # %% ../nbs/07_trainer.ipynb #_train
-def _train(config, loaders, state, kept, folder):
+def _open_folder(config, fresh):
+    "Make the run folder; a new run removes an old one's files, now that it can begin, and writes its settings."
+    folder = Path(config.ckpt_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not fresh: return
+    for name in _RUN_FILES: (folder/name).unlink(missing_ok=True)
+    _write_json(folder/'config.json', dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=_sources()))
+
+def _train(config, loaders, state, kept):
     "Fit with the run's own callbacks; Ctrl-C says what is saved."
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if config.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # CUDA's matrix products need it
-        torch.use_deterministic_algorithms(True)
+    folder = Path(config.ckpt_dir)
     try: fit(state.model, _Watched(loaders[0]), loaders[1], config, [*kept, Checkpointer(folder, config, kept), RunFolder(folder, config)], state)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'stopped; {folder} holds {state.epoch} finished epochs, --resume auto goes on' if state.epoch else 'stopped before the end of epoch 0') from None
-    finally: torch.use_deterministic_algorithms(deterministic)
 
 # %% ../nbs/07_trainer.ipynb #command_of
 def command_of(
@@ -300,17 +331,22 @@ def command_of(
 # %% ../nbs/07_trainer.ipynb #clean_checkout
 def _git(*words):
     "What git says about the checkout that this package lies in; not in a checkout is a `ValueError`."
-    try: return subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    try: return subprocess.run(['git', *words], cwd=Path(resnet_cifar.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): raise ValueError('--record: the package is not in a git checkout') from None
 
-def clean_checkout()->dict: # 'commit', 'sources' (SHA-256 over the package's files) and 'runs', the folder for records
-    "What a record says about the code, taken before the run; a tree that no commit describes is a `ValueError`."
-    runs, sources = Path(_git('rev-parse', '--show-toplevel'))/'nbs'/'runs', hashlib.sha256()
-    if not runs.parent.is_dir(): raise ValueError('--record: the checkout has no folder nbs')
+def clean_checkout(
+    config:TrainConfig, # of the run that is to be recorded
+    overwrite:bool,     # whether it starts anew
+)->dict:                # 'commit', 'sources' (SHA-256 over the package's modules) and 'runs', the folder for records
+    "What a record says about the code, taken before the run. A tree that no commit describes, or a run that other code began, is a `ValueError`."
+    package, begun = Path(resnet_cifar.__file__).parent, Path(config.ckpt_dir)/'config.json'
+    top = Path(_git('rev-parse', '--show-toplevel'))
+    if package!=top/'resnet_cifar': raise ValueError('--record: the package that runs is not the one in the checkout; install it with pip install -e .')
     changed = _git('status', '--porcelain')
     if changed: raise ValueError(f'--record: the tree is not clean ({changed.splitlines()[0].strip()}): commit first')
-    for file in sorted(Path(__file__).parent.glob('*.py')): sources.update(file.name.encode() + b'\n' + file.read_bytes())
-    return dict(commit=_git('rev-parse', 'HEAD'), sources=sources.hexdigest(), runs=runs)
+    if begun.exists() and not overwrite and _read_json(begun).get('sources')!=_sources():
+        raise ValueError(f'--record: the run in {config.ckpt_dir} was begun by other code: give --overwrite')
+    return dict(commit=_git('rev-parse', 'HEAD'), sources=_sources(), runs=top/'nbs'/'runs')
 
 # %% ../nbs/07_trainer.ipynb #write_record
 def write_record(
@@ -320,7 +356,7 @@ def write_record(
 )->Path:                # the record, named after the run folder
     "Settings, history and result in one JSON, with commit and sources' checksum, without paths or host names."
     folder = Path(config.ckpt_dir)
-    settings = {k: v for k, v in json.loads((folder/'config.json').read_text()).items() if k not in ('root', 'ckpt_dir')}
+    settings = {k: v for k, v in _read_json(folder/'config.json').items() if k not in ('root', 'ckpt_dir', 'sources')}
     path = checkout['runs']/f'{folder.name}.json'
     path.parent.mkdir(exist_ok=True)
     _write_json(path, dict(command=command_of(config), config=settings, history=load_checkpoint(folder/'last.ckpt')['history'],
@@ -333,12 +369,13 @@ def train(
     flags:TrainFlags,   # `resume`, `overwrite` and `record`
 )->None:
     "Run, record if asked, and print what came out and what to try next."
-    checkout = clean_checkout() if flags.record else None
+    checkout = clean_checkout(config, flags.overwrite) if flags.record else None
     result = run(config, resume=flags.resume, overwrite=flags.overwrite)
     augmented = '' if result.test_accuracy_tta is None else f', {result.test_accuracy_tta:.4f} with mirror images averaged'
     print(f'test accuracy {result.test_accuracy:.4f}{augmented} (epoch {result.tested_epoch}, the {result.tested}), {result.seconds/60:.1f} min, {result.images_per_second:.0f} images/s')
     print(f'run folder    {config.ckpt_dir} (curves.png shows the history)')
-    print(f'try next      resnet-cifar evaluate --ckpt {config.ckpt_dir} --root {config.root}')
+    program = 'resnet-cifar' if shutil.which('resnet-cifar') else f'{os.path.relpath(sys.executable)} -m resnet_cifar' # works from here
+    print(f'try next      {program} evaluate --ckpt {config.ckpt_dir} --root {config.root}')
     if checkout is not None: print(f'record        {write_record(config, result, checkout).name}')
 
 # %% ../nbs/07_trainer.ipynb #main

@@ -83,7 +83,7 @@ def train_epoch(
     if not losses: raise ValueError('there are no training batches')
     _require_finite(losses[-check_every:], len(losses), optimizer)
     counts = torch.tensor(counts, dtype=torch.float64)
-    loss = (torch.stack(losses).double().cpu()*counts).sum()/counts.sum()
+    loss = (torch.stack(losses).cpu().double()*counts).sum()/counts.sum()
     return Metrics(loss.item(), torch.stack(rights).sum().item()/int(counts.sum()))
 
 # %% ../nbs/05_training.ipynb #_require_finite
@@ -92,8 +92,20 @@ def _require_finite(losses, step, optimizer):
     if torch.stack(losses).isfinite().all(): return
     raise FloatingPointError(f'the loss became {losses[-1].item()} by step {step} of the epoch at learning rate {optimizer.param_groups[0]["lr"]:g}: try a lower --lr, or --precision fp32')
 
-# %% ../nbs/05_training.ipynb #predict
+# %% ../nbs/05_training.ipynb #_log_probabilities
 @torch.no_grad()
+def _log_probabilities(model, batches, precision, tta):
+    "Yield float32 (N, classes) log-probabilities of each batch of images, in evaluation mode; the mode is restored at the end."
+    def of(images):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision=='bf16'): logits = model(images)
+        return logits.float().log_softmax(1)
+    training = model.training
+    model.eval()
+    try:
+        for images in batches: yield torch.logaddexp(of(images), of(images.flip(3))) - math.log(2) if tta else of(images)
+    finally: model.train(training)
+
+# %% ../nbs/05_training.ipynb #predict
 def predict(
     model:nn.Module,      # gives logits; its mode is restored afterwards
     batches,              # iterable of images, or of (images, targets)
@@ -102,19 +114,8 @@ def predict(
     tta:bool=False,       # average each image's probabilities with its mirror image's
 )->Tensor:                # float32 (N, classes) on the CPU: probabilities, in the order of the images
     "Softmax of the logits, in evaluation mode."
-    def probabilities(images):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision=='bf16'): logits = model(images)
-        return logits.float().softmax(1)
-    training = model.training
-    model.eval()
-    try:
-        out = []
-        for batch in batches:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            p = probabilities(images)
-            out.append((p + probabilities(images.flip(3)))/2 if tta else p)
-    finally: model.train(training)
-    return torch.cat(out).cpu()
+    images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches)
+    return torch.cat([p.exp().cpu() for p in _log_probabilities(model, images, precision, tta)])
 
 # %% ../nbs/05_training.ipynb #evaluate
 def evaluate(
@@ -126,14 +127,14 @@ def evaluate(
 )->Metrics:               # with the confusion matrix
     "Loss and accuracy over all images, each counted once, in evaluation mode."
     targets = []
-    def remember_targets():
-        for images, batch_targets in batches:
+    def images():
+        for batch_images, batch_targets in batches:
             targets.append(batch_targets.cpu())
-            yield images
-    probabilities = predict(model, remember_targets(), precision=precision, tta=tta)
-    targets, num_classes = torch.cat(targets), probabilities.shape[1]
-    loss = -probabilities.double().clamp_min(1e-38).log()[torch.arange(len(targets)), targets].mean().item()
-    confusion = torch.bincount(targets*num_classes + probabilities.argmax(1), minlength=num_classes**2).view(num_classes, num_classes)
+            yield batch_images
+    log_p = torch.cat([p.cpu() for p in _log_probabilities(model, images(), precision, tta)])
+    targets, num_classes = torch.cat(targets), log_p.shape[1]
+    loss = F.nll_loss(log_p.double(), targets).item()
+    confusion = torch.bincount(targets*num_classes + log_p.argmax(1), minlength=num_classes**2).view(num_classes, num_classes)
     return Metrics(loss, confusion.trace().item()/len(targets), confusion)
 
 # %% ../nbs/05_training.ipynb #make_optimizer
@@ -281,9 +282,10 @@ class EMA(Callback):
 
     def before_fit(self, state):
         "Copy the model, or take up the average of a checkpoint."
+        if self.average is not None and state.averaged is self.average.module: return # the same run goes on
         self.average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
         if self.saved is not None: self.average.load_state_dict(self.saved)
-        state.averaged = self.average.module
+        self.saved, state.averaged = None, self.average.module
 
     def after_step(self, state):
         "Move the average a little."

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from run_notebooks import NO_WARNINGS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -20,7 +22,7 @@ def cifar10_root():
 def command(tmp_path):
     "Run `python -m …` as a program in an empty folder: its return code and what it printed."
     def run(*words, code=0, timeout=900, **environment):
-        done = subprocess.run([sys.executable, '-m', *map(str, words)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
+        done = subprocess.run([sys.executable, '-m', *map(str, words)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=os.environ | NO_WARNINGS | environment)
         assert done.returncode==code, f'{words}: {done.returncode}\n{done.stdout}\n{done.stderr}'
         return done
     return run

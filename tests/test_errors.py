@@ -1,7 +1,10 @@
 "Bad input: one line on stderr, the documented exit code, nothing left behind."
+import sys
+
 import pytest
 
 TRAIN = 'resnet_cifar', 'train'
+ABSENT = 'cuda' if sys.platform=='darwin' else 'mps' # a device that this machine cannot have
 BAD = [ # words, exit code, what the line must say
     ((*TRAIN, '--model_name', 'ResNet19'), 2, '--model_name resnet19: did you mean resnet1'),
     ((*TRAIN, '--optimizer', 'adamw'), 2, 'did you mean AdamW'),
@@ -15,10 +18,11 @@ BAD = [ # words, exit code, what the line must say
     ((*TRAIN, '--precision', 'fp16'), 2, 'fp16'),
     ((*TRAIN, '--recipe', 'quik'), 2, 'did you mean quick'),
     ((*TRAIN, '--config', 'nowhere.toml'), 2, 'no such file'),
-    ((*TRAIN, '--device', 'mps'), 2, '--device mps'),
+    ((*TRAIN, '--device', ABSENT), 2, f'--device {ABSENT}'),
     ((*TRAIN, '--root', 'a_file'), 2, 'is a file'),
+    ((*TRAIN, '--root', 'a_file/below'), 2, 'is a file'),
     ((*TRAIN, '--ckpt_dir', 'a_file'), 2, 'is a file'),
-    ((*TRAIN, '--resume', 'nowhere'), 2, 'no such checkpoint'),
+    ((*TRAIN, '--resume', 'nowhere'), 2, '--resume nowhere'),
     ((*TRAIN, '--tensorboard'), 2, '--tensorboard'),
     (('resnet_cifar.trainer', '--momentum', '2'), 2, '--momentum 2.0'),
     (('resnet_cifar.fetch', '--root', 'a_file'), 2, 'is a file'),

@@ -1,5 +1,6 @@
 "The package as users get it: built, installed away from the checkout, silent on import."
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ sys.meta_path.insert(0, Block())
 def installed(tmp_path_factory):
     "The wheel, unpacked where only it is, without the tools that the book is written with."
     folder = tmp_path_factory.mktemp('wheel')
-    subprocess.run([sys.executable, '-m', 'build', '--wheel', '--outdir', folder, ROOT], check=True, capture_output=True)
+    tree = shutil.copytree(ROOT, folder/'tree', symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '*.egg-info', 'build', 'dist'))
+    subprocess.run([sys.executable, '-m', 'build', '--outdir', folder, tree], check=True, capture_output=True) # the archive of sources, and the wheel from it
     subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', folder/'site', *folder.glob('*.whl')], check=True)
     (folder/'site'/'sitecustomize.py').write_text(BLOCK)
     return folder/'site'

@@ -47,13 +47,23 @@ def test_readme_is_in_sync():
     assert markdown(index)==(ROOT/'README.md').read_text(encoding='utf-8'), 'README.md is not what index.ipynb makes: make export'
 
 
+def imported_chapters(code):
+    "Names of our modules that a piece of code imports, in any spelling."
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import): modules = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = 'resnet_cifar' + (f'.{node.module}' if node.module else '') if node.level else node.module
+            modules = [f'{base}.{a.name}' for a in node.names] if base=='resnet_cifar' else [base]
+        else: continue
+        yield from (m.split('.')[1] for m in modules if m.startswith('resnet_cifar.') and m.split('.')[1] in CHAPTERS)
+
+
 def test_imports_point_to_lower_numbers():
+    spellings = 'from .blocks import x', 'from . import blocks', 'from resnet_cifar import blocks', 'import resnet_cifar.blocks as b', 'from resnet_cifar.blocks import x'
+    for code in spellings: assert list(imported_chapters(code))==['blocks'], code
+    assert 'config' in imported_chapters((ROOT/'resnet_cifar'/'training.py').read_text())
     for name, number in CHAPTERS.items():
-        for node in ast.walk(ast.parse((ROOT/'resnet_cifar'/f'{name}.py').read_text())):
-            imported = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            for module in imported:
-                stem = (module or '').partition('resnet_cifar.')[2]
-                assert not stem or CHAPTERS[stem] < number, f'{name} imports {module}'
+        for other in imported_chapters((ROOT/'resnet_cifar'/f'{name}.py').read_text()): assert CHAPTERS[other] < number, f'{name} imports {other}'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
