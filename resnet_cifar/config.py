@@ -71,13 +71,13 @@ class TrainConfig:
     valid_size:int=5000                 # training images set aside to choose the best epoch; 0: train on all, test the last epoch
     limit_train:int|None=None           # only the first N training images, for trying things out
     limit_test:int|None=None            # only the first N test images
-    tta:bool=False                      # test also with each image and its mirror image averaged; the plain accuracy stays beside it
+    tta:bool=False                      # test-time augmentation: test also with each image and its mirror image averaged; the plain accuracy stays beside it
     precision:Literal['auto', 'fp32', 'bf16']='auto' # auto: bf16 where the machine computes with it, else fp32
     channels_last:bool=True             # memory format of images and weights; faster nearly everywhere
     compile:bool=False                  # torch.compile: a minute at the start, then faster steps; a request
     device:Literal['auto', 'cpu', 'cuda', 'mps']='auto' # auto: the GPU if there is one
     num_workers:int=1                   # background processes that prepare batches; 0: the main process does it
-    pin_memory:bool=False               # page-locked memory for copies to a GPU; a request
+    pin_memory:bool=False               # page-locked memory for copies to a GPU; not needed here, where a GPU holds the data: a run says so
     deterministic:bool=False            # refuse operations whose results vary from run to run (on a GPU; a CPU run repeats anyway)
     skip_checksum:bool=False            # take the pixels as they are, for a data set of your own in CIFAR-10's form
 

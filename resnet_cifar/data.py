@@ -179,7 +179,6 @@ class BatchLoader:
         augment:bool=False,       # random crop and flip, for training
         seed:int=0,               # of order and augmentation
         num_workers:int=0,        # background processes that prepare batches; 0: the main one does it
-        pin_memory:bool=False,    # copies to a GPU from page-locked memory
         device='cpu',             # where the batches go
         channels_last:bool=True,  # memory format of the batches
         sizes:tuple=(),           # height and width in pixels for each epoch, the last one for all later epochs; empty: as they are
@@ -194,7 +193,7 @@ class BatchLoader:
         self.batches = None
         if num_workers and images.device.type=='cpu':
             self.batches = DataLoader(self.dataset, batch_size=None, sampler=self.keys, num_workers=num_workers, persistent_workers=True,
-                pin_memory=pin_memory, worker_init_fn=_ignore_ctrl_c, generator=torch.Generator()) # its own: the global one is not touched
+                worker_init_fn=_ignore_ctrl_c, generator=torch.Generator()) # its own: the global one is not touched
 
     def set_epoch(self,
         epoch:int, # 0, 1, …

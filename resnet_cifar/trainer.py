@@ -47,7 +47,7 @@ def pick_device(
 def resolve(
     config:TrainConfig, # with 'auto' where the machine is to decide
 )->TrainConfig:         # with device and precision as they will be
-    "Settle what the machine decides; a request that it cannot fulfil is taken back with one line."
+    "Settle what the machine decides; a request that it has no use for is reported in one line."
     device = pick_device(config.device)
     precision, pin_memory = pick_precision(config.precision, device), config.pin_memory
     if pin_memory: print('--pin_memory: ' + ('there is no GPU, so it is not used' if device.type!='cuda' else 'the data are on the GPU, so it is not used'))
@@ -80,7 +80,7 @@ def expected_seconds(
     num_other:int,      # validation images of the epochs to come, and test images
     finished:int=0,     # epochs that are done
 )->float:               # seconds of training and evaluation
-    "Time one step of a copy (on a CPU with at most 32 images) and scale it up; a forward pass is taken for a third of a step."
+    "Time one step of a copy (on a CPU with at most 32 images) and scale it up by the number of pixels; a forward pass is taken for a third of a step."
     device, batch = torch.device(config.device), min(config.batch_size, 32) if config.device=='cpu' else config.batch_size
     twin = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.)

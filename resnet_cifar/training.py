@@ -8,6 +8,7 @@ __all__ = ['BY_BATCH', 'pick_precision', 'train_step', 'Metrics', 'train_epoch',
            'plot_history']
 
 # %% ../nbs/05_training.ipynb #imports-export
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -60,6 +61,12 @@ class Metrics(NamedTuple):
     accuracy: float          # 0 to 1
     confusion: Tensor|None=None # int64 (classes, classes): rows are true classes, columns predicted ones; evaluation only
 
+# %% ../nbs/05_training.ipynb #_require_finite
+def _require_finite(losses, step, optimizer):
+    "Stop a run whose loss is inf or NaN: nothing after it is worth computing or saving."
+    if torch.stack(losses).isfinite().all(): return
+    raise FloatingPointError(f'the loss became {losses[-1].item()} by step {step} of the epoch at learning rate {optimizer.param_groups[0]["lr"]:g}: try a lower --lr, or --precision fp32')
+
 # %% ../nbs/05_training.ipynb #train_epoch
 def train_epoch(
     model,                     # as for `train_step`
@@ -85,12 +92,6 @@ def train_epoch(
     counts = torch.tensor(counts, dtype=torch.float64)
     loss = (torch.stack(losses).cpu().double()*counts).sum()/counts.sum()
     return Metrics(loss.item(), torch.stack(rights).sum().item()/int(counts.sum()))
-
-# %% ../nbs/05_training.ipynb #_require_finite
-def _require_finite(losses, step, optimizer):
-    "Stop a run whose loss is inf or NaN: nothing after it is worth computing or saving."
-    if torch.stack(losses).isfinite().all(): return
-    raise FloatingPointError(f'the loss became {losses[-1].item()} by step {step} of the epoch at learning rate {optimizer.param_groups[0]["lr"]:g}: try a lower --lr, or --precision fp32')
 
 # %% ../nbs/05_training.ipynb #_log_probabilities
 @torch.no_grad()
@@ -266,6 +267,7 @@ def compile_model(
     model:nn.Module, # stays as it is: its keys, its mode and its weights are shared with what is returned
 ):                   # a function of images: the compiled model, or `model` where this machine cannot compile
     "`torch.compile` for fixed shapes, tried on a small function first: without a compiler it would fail only in the first step."
+    if not torch.cuda.is_available(): logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR) # it warns of a missing GPU that nobody asked for
     try: torch.compile(lambda x: x*2 + 1)(torch.zeros(8, device=next(model.parameters()).device))
     except Exception as e:
         print(f'--compile: this machine cannot ({type(e).__name__}), training goes on without')
@@ -274,7 +276,7 @@ def compile_model(
 
 # %% ../nbs/05_training.ipynb #EMA
 class EMA(Callback):
-    "Exponential moving average of weights and batch-norm statistics, used for evaluation (Polyak and Juditsky 1992)."
+    "Exponential moving average of weights and batch-norm statistics, used for evaluation (after Polyak and Juditsky 1992, who average uniformly)."
     def __init__(self,
         decay:float, # share of the old average that stays in each step: 0.999 remembers about 1,000 steps
     ):

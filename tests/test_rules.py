@@ -93,6 +93,13 @@ def test_chapter_ends_with_a_tested_solution(path):
     assert 'test_' in check.replace('#| hide', '')
 
 
+def test_relative_links_lead_somewhere():
+    texts = [(ROOT, (ROOT/'README.md').read_text())] + [(path.parent, source(c)) for path in NOTEBOOKS for c in cells(path) if c['cell_type']=='markdown']
+    links = [(folder, link) for folder, text in texts for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', text)]
+    assert len(links) > 20
+    assert [link for folder, link in links if not (folder/link).exists()]==[]
+
+
 def test_figures_have_alt_texts():
     for path in NOTEBOOKS:
         for cell in cells(path):
