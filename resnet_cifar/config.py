@@ -17,7 +17,8 @@ from typing import Literal
 from .fetch import parse_flags
 
 # %% ../nbs/04_config.ipynb #MODELS
-MODELS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')
+MODELS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110',
+          'plain18', 'plain34', 'plain50', 'plain101', 'plain152', 'plain20', 'plain32', 'plain44', 'plain56', 'plain110')
 
 # %% ../nbs/04_config.ipynb #OPTIMIZERS
 OPTIMIZERS = ('SGD', 'Adam', 'AdamW')
@@ -50,8 +51,8 @@ class TrainConfig:
     "Everything that decides what a run computes. A value out of range raises `ValueError`."
     root:str='./data/datasets'          # folder of the data, fetched when missing
     ckpt_dir:str='./checkpoints'        # run folder: config, history, checkpoints, curves and result go here
-    model_name:str='resnet18'           # resnet18, resnet34, resnet50, resnet101 or resnet152, in any capitals
-    width:int=64                        # channels of the first stage; 64 is the real thing, less is quicker
+    model_name:str='resnet18'           # resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110; plain18 … without shortcuts; in any capitals
+    width:int|None=None                 # channels of the first stage, less is quicker; left out: the model's own, 64, or 16 for 20 to 110 layers
     random_seed:int=0                   # of weights, order and augmentation
     batch_size:int=32                   # images in a training step
     num_epochs:int=20                   # passes over the training images

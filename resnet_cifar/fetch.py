@@ -381,7 +381,7 @@ def one_line_errors(
         except KeyboardInterrupt as e: error, code = str(e) or 'stopped', 130
         except Exception as e:
             if debug: traceback.print_exc()
-            mendable = isinstance(e, (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError))
+            mendable = isinstance(e, (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError))
             text = ' '.join(str(e).split())
             error, code = (text if mendable or isinstance(e, OSError) else f'{type(e).__name__}: {text}'), 2 if mendable else 1
         print(f'error: {error}' if code!=130 else error, file=sys.stderr)

@@ -46,13 +46,14 @@ def pick_device(
 # %% ../nbs/07_trainer.ipynb #resolve
 def resolve(
     config:TrainConfig, # with 'auto' where the machine is to decide
-)->TrainConfig:         # with device and precision as they will be
+)->TrainConfig:         # with device, precision and width as they will be
     "Settle what the machine decides; a request that it has no use for is reported in one line."
     device = pick_device(config.device)
     precision, pin_memory = pick_precision(config.precision, device), config.pin_memory
     if pin_memory: print('--pin_memory: ' + ('there is no GPU, so it is not used' if device.type!='cuda' else 'the data are on the GPU, so it is not used'))
     if device.type!='cpu' and config.num_workers: print(f'--num_workers {config.num_workers}: the data are on the GPU, so background processes are not used')
-    return dataclasses.replace(config, device=device.type, precision=precision)
+    with torch.device('meta'): width = create_model(config.model_name, width=config.width).architecture['width']
+    return dataclasses.replace(config, device=device.type, precision=precision, width=width)
 
 # %% ../nbs/07_trainer.ipynb #make_loaders
 def make_loaders(
