@@ -179,7 +179,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'resnet_cifar.trainer._git': ('trainer.html#_git', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._open_folder': ('trainer.html#_open_folder', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._read_json': ('trainer.html#_read_json', 'resnet_cifar/trainer.py'),
-                                      'resnet_cifar.trainer._replace': ('trainer.html#_replace', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._require_same': ('trainer.html#_require_same', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._sources': ('trainer.html#_sources', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._test': ('trainer.html#_test', 'resnet_cifar/trainer.py'),

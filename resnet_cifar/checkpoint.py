@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def _also_called(path, other):
 def replacing(
     path:str|os.PathLike, # the file to write; its folder must exist
     keep:str|None=None,   # a name in the same folder under which the file that is replaced stays
-):
+)->Iterator[Path]:
     "Gives the path of a temporary file to write; at the end it is pushed to the disk and takes the place of `path` in one step."
     path = Path(path)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.tmp{path.suffix}')
@@ -90,7 +91,7 @@ def facts_of(
 def checkpoint_of(
     state:TrainState,      # a run between two epochs
     config:TrainConfig,    # its settings
-    callbacks=(),          # whose `state_dict` belongs to the run
+    callbacks:Sequence=(), # whose `state_dict` belongs to the run
 )->dict:                   # for `save_checkpoint`: tensors and plain values only
     "Everything that the next epoch depends on, and everything that using the network needs."
     return dict(
@@ -103,7 +104,7 @@ def checkpoint_of(
 def restore(
     state:TrainState, # a fresh run of the same settings; changed in place
     content:dict,     # from `load_checkpoint`
-    callbacks=(),     # the same ones, in the same order, as when it was saved
+    callbacks:Sequence=(), # the same ones, in the same order, as when it was saved
 )->None:
     "Put a run back to where the checkpoint was written."
     state.model.load_state_dict(content['model'])
@@ -127,13 +128,13 @@ def state_digest(
 class Checkpointer(Callback):
     "Writes `last.ckpt` after each epoch, keeps the one before as `previous.ckpt`, and the best validation epoch as `best.ckpt`."
     def __init__(self,
-        folder,               # of the run
+        folder:str|os.PathLike, # of the run
         config:TrainConfig,   # of the run
-        callbacks=(),         # those whose state belongs into the file
+        callbacks:Sequence=(), # those whose state belongs into the file
     ):
         self.folder, self.config, self.callbacks = Path(folder), config, callbacks
 
-    def after_epoch(self, state):
+    def after_epoch(self, state:TrainState)->None:
         "Save; the best file first, so that `last` never claims a best that is not there."
         content = checkpoint_of(state, self.config, self.callbacks)
         if state.best_epoch==state.epoch - 1: save_checkpoint(self.folder/'best.ckpt', content | dict(optimizer=None, scheduler=None, callbacks=[]))
@@ -148,7 +149,7 @@ def save_weights(
     facts = facts_of(model)
     if facts['architecture'] is None: raise ValueError(f'only a ResNet of this package can be saved, not {type(model).__name__}')
     weights = {key: value.detach().cpu().contiguous() for key, value in state_dict_of(model.state_dict()).items()}
-    with replacing(path) as temporary: save_file(weights, temporary, metadata=dict(format='pt', resnet_cifar=json.dumps(facts)))
+    with replacing(path) as temporary: save_file(weights, temporary, metadata=dict(resnet_cifar=json.dumps(facts))) # one note: of several the order varies
 
 def save_pretrained(
     model:nn.Module,        # a `ResNet`; any other module is a `ValueError`

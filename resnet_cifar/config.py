@@ -114,7 +114,7 @@ RECIPES = {
 # %% ../nbs/04_config.ipynb #config_from_dict
 def config_from_dict(
     values:dict,                         # field -> value
-    where,                               # what they were read from, for the message
+    where:object,                        # what they were read from, for the message
     default:TrainConfig=TrainConfig(),   # values of the fields that are not there
 )->TrainConfig:
     "A `TrainConfig` from plain values; an unknown field or a wrong type is a `ValueError` that names it."

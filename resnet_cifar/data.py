@@ -7,9 +7,11 @@ __all__ = ['CLASSES', 'CIFAR10_MEAN', 'CIFAR10_STD', 'CIFAR10', 'load_cifar10', 
            'split_train_valid', 'normalize', 'EpochPlan', 'plan_epoch', 'augment', 'BatchLoader']
 
 # %% ../nbs/03_data.ipynb #imports-export
+import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ def _to_tensors(arrays):
 
 # %% ../nbs/03_data.ipynb #load_cifar10
 def load_cifar10(
-    root,                     # folder that `fetch.download_cifar10` filled, or torchvision's `CIFAR10(root)`
+    root:str|os.PathLike,     # folder that `fetch.download_cifar10` filled, or torchvision's `CIFAR10(root)`
     skip_checksum:bool=False, # take the pixels as they are
 )->CIFAR10:                   # 50,000 training and 10,000 test images
     "All of CIFAR-10, verified. Raises `FileNotFoundError` when it is not there, `ValueError` when it is damaged."
@@ -59,10 +61,10 @@ def sample_cifar10()->CIFAR10: # 1,000 training and 500 test images, 100 and 50 
 # %% ../nbs/03_data.ipynb #show_images
 def show_images(
     images:Tensor,     # uint8 (N, 3, H, W)
-    titles=None,       # N short texts, written into the pictures
+    titles:Sequence|None=None, # N short texts, written into the pictures
     columns:int=10,    # pictures in a row
-    ax=None,           # matplotlib `Axes` to draw on; a new one when left out
-):                     # the `Axes`
+    ax:Any=None,       # matplotlib `Axes` to draw on; a new one when left out
+)->Any:                # the `Axes`
     "Pictures side by side on one `Axes`."
     import matplotlib.pyplot as plt
     from torchvision.utils import make_grid
@@ -99,8 +101,8 @@ CIFAR10_STD  = (0.2470, 0.2435, 0.2616) # of the same pixels
 # %% ../nbs/03_data.ipynb #normalize
 def normalize(
     images:Tensor,      # uint8 (N, 3, H, W)
-    mean=CIFAR10_MEAN,  # of each channel, on the scale 0 … 1
-    std=CIFAR10_STD,    # of each channel, on the same scale
+    mean:tuple=CIFAR10_MEAN, # of each channel, on the scale 0 … 1
+    std:tuple=CIFAR10_STD, # of each channel, on the same scale
 )->Tensor:              # float32 (N, 3, H, W), in the same memory format
     "`(images/255 - mean)/std` in one pass over the pixels."
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
@@ -179,11 +181,11 @@ class BatchLoader:
         augment:bool=False,       # random crop and flip, for training
         seed:int=0,               # of order and augmentation
         num_workers:int=0,        # background processes that prepare batches; 0: the main one does it
-        device='cpu',             # where the batches go
+        device:str|torch.device='cpu', # where the batches go
         channels_last:bool=True,  # memory format of the batches
         sizes:tuple=(),           # height and width in pixels for each epoch, the last one for all later epochs; empty: as they are
-        mean=CIFAR10_MEAN,        # of each channel, for `normalize`
-        std=CIFAR10_STD,          # of each channel, for `normalize`
+        mean:tuple=CIFAR10_MEAN,  # of each channel, for `normalize`
+        std:tuple=CIFAR10_STD,    # of each channel, for `normalize`
     ):
         if train and len(images) < batch_size: raise ValueError(f'--batch_size {batch_size}: there are only {len(images)} training images')
         self.dataset = _BatchDataset(images, labels, batch_size, train, augment, seed)

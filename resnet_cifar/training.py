@@ -11,13 +11,14 @@ __all__ = ['BY_BATCH', 'pick_precision', 'train_step', 'Metrics', 'train_epoch',
 import logging
 import math
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import TrainConfig
@@ -38,7 +39,7 @@ def pick_precision(
 
 # %% ../nbs/05_training.ipynb #train_step
 def train_step(
-    model,                      # images -> logits (N, classes): a module in training mode, or its compiled form
+    model:Callable,             # images -> logits (N, classes): a module in training mode, or its compiled form
     images:Tensor,              # float (N, 3, H, W)
     targets:Tensor,             # int64 (N,)
     optimizer:torch.optim.Optimizer,
@@ -69,14 +70,14 @@ def _require_finite(losses, step, optimizer):
 
 # %% ../nbs/05_training.ipynb #train_epoch
 def train_epoch(
-    model,                     # as for `train_step`
-    batches,                   # iterable of (images, targets) on the model's device
+    model:Callable,            # as for `train_step`
+    batches:Iterable,          # iterable of (images, targets) on the model's device
     optimizer:torch.optim.Optimizer,
     *,
-    scheduler=None,            # stepped after each batch
+    scheduler:LRScheduler|None=None, # stepped after each batch
     precision:str='fp32',      # 'fp32' or 'bf16'
     label_smoothing:float=0.0, # see `train_step`
-    after_step=lambda: None,   # called after each step
+    after_step:Callable=lambda: None, # called after each step
     check_every:int=50,        # steps between two looks at the loss, the only waits for a GPU
 )->Metrics:                    # of the training batches as they were met, with smoothed loss if smoothing is on
     "One pass over the batches. Raises `FloatingPointError` when the loss is no longer a number."
@@ -109,7 +110,7 @@ def _log_probabilities(model, batches, precision, tta):
 # %% ../nbs/05_training.ipynb #predict
 def predict(
     model:nn.Module,      # gives logits; its mode is restored afterwards
-    batches,              # iterable of images, or of (images, targets)
+    batches:Iterable,     # iterable of images, or of (images, targets)
     *,
     precision:str='fp32', # 'fp32' or 'bf16'
     tta:bool=False,       # average each image's probabilities with its mirror image's
@@ -121,7 +122,7 @@ def predict(
 # %% ../nbs/05_training.ipynb #evaluate
 def evaluate(
     model:nn.Module,      # gives logits; its mode is restored afterwards
-    batches,              # iterable of (images, targets), each image once
+    batches:Iterable,     # iterable of (images, targets), each image once
     *,
     precision:str='fp32', # 'fp32' or 'bf16'
     tta:bool=False,       # see `predict`
@@ -156,7 +157,7 @@ def make_scheduler(
     optimizer:torch.optim.Optimizer,
     config:TrainConfig,    # `lr_scheduler`, `t_max`, `pct_start`, `step_size`, `gamma`, `num_epochs`, `lr`
     steps_per_epoch:int,   # batches in an epoch
-):                         # one of `torch.optim.lr_scheduler`; `None` for a constant rate
+)->LRScheduler|None:       # one of `torch.optim.lr_scheduler`; `None` for a constant rate
     "The schedule that the settings name."
     steps = config.num_epochs*steps_per_epoch
     if config.lr_scheduler=='CosineAnnealingLR': return CosineAnnealingLR(optimizer, T_max=config.t_max or config.num_epochs)
@@ -220,9 +221,9 @@ def new_state(
 # %% ../nbs/05_training.ipynb #Callback
 class Callback:
     "Something that happens during training. Override what you need; `state` is the run's `TrainState`."
-    def before_fit(self, state): "Before the first epoch of this process, resumed or not."
-    def after_step(self, state): "After each step of the optimizer."
-    def after_epoch(self, state): "After each epoch; its row is the last of `state.history`."
+    def before_fit(self, state:'TrainState')->None: "Before the first epoch of this process, resumed or not."
+    def after_step(self, state:'TrainState')->None: "After each step of the optimizer."
+    def after_epoch(self, state:'TrainState')->None: "After each epoch; its row is the last of `state.history`."
     def state_dict(self)->dict:
         "What a checkpoint must hold to go on: tensors and plain values."
         return {}
@@ -234,10 +235,10 @@ class Callback:
 # %% ../nbs/05_training.ipynb #fit
 def fit(
     model:nn.Module,       # on its device
-    train,                 # training batches, (images, targets); `train.set_epoch(epoch)` is called where it exists
-    valid,                 # validation batches, or `None`
+    train:Iterable,        # training batches, (images, targets); `train.set_epoch(epoch)` is called where it exists
+    valid:Iterable|None,   # validation batches, or `None`
     config:TrainConfig,    # optimizer, schedule, number of epochs, precision, compile
-    callbacks=(),          # `Callback`s, called in this order
+    callbacks:Sequence=(), # `Callback`s, called in this order
     state:TrainState|None=None, # a run to go on with; a new one when left out
 )->TrainState:             # with a row of history for each epoch
     "Train until `config.num_epochs` epochs are done, in all."
@@ -265,7 +266,7 @@ def fit(
 # %% ../nbs/05_training.ipynb #compile_model
 def compile_model(
     model:nn.Module, # stays as it is: its keys, its mode and its weights are shared with what is returned
-):                   # a function of images: the compiled model, or `model` where this machine cannot compile
+)->Callable:         # a function of images: the compiled model, or `model` where this machine cannot compile
     "`torch.compile` for fixed shapes, tried on a small function first: without a compiler it would fail only in the first step."
     if not torch.cuda.is_available(): logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR) # it warns of a missing GPU that nobody asked for
     try: torch.compile(lambda x: x*2 + 1)(torch.zeros(8, device=next(model.parameters()).device))
@@ -282,14 +283,14 @@ class EMA(Callback):
     ):
         self.decay, self.average, self.saved = decay, None, None
 
-    def before_fit(self, state):
+    def before_fit(self, state:'TrainState')->None:
         "Copy the model, or take up the average of a checkpoint."
         if self.average is not None and state.averaged is self.average.module: return # the same run goes on
         self.average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
         if self.saved is not None: self.average.load_state_dict(self.saved)
         self.saved, state.averaged = None, self.average.module
 
-    def after_step(self, state):
+    def after_step(self, state:'TrainState')->None:
         "Move the average a little."
         self.average.update_parameters(state.model)
 
@@ -306,8 +307,8 @@ class EMA(Callback):
 # %% ../nbs/05_training.ipynb #plot_history
 def plot_history(
     history:list,   # rows as in `TrainState.history`
-    axes=None,      # three matplotlib `Axes`; new ones when left out
-):                  # the three `Axes`
+    axes:Any=None,  # three matplotlib `Axes`; new ones when left out
+)->Any:             # the three `Axes`
     "Loss, accuracy and learning rate against epochs."
     import matplotlib.pyplot as plt
     if axes is None: axes = plt.subplots(1, 3, figsize=(6, 2.5), layout='constrained')[1]

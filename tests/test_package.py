@@ -1,4 +1,6 @@
 "The package as users get it: built, installed away from the checkout, silent on import."
+import importlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -51,6 +53,24 @@ def test_sample_and_types_are_inside(installed):
     assert sum(p.stat().st_size for p in (installed/'resnet_cifar'/'sample').iterdir()) < 4_000_000
     done = python(installed, 'from resnet_cifar.data import sample_cifar10; print(sample_cifar10().train_labels.bincount().tolist())')
     assert done.stdout.strip()==str([100]*10)
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_everything_public_has_types(module):
+    "Parameters and results of every public function and method."
+    module, bare = importlib.import_module(f'resnet_cifar.{module}'), []
+    for name in module.__all__:
+        public = getattr(module, name)
+        methods = [(f'{name}.{k}', f) for k, f in vars(public).items() if inspect.isfunction(f) and (k=='__init__' or not k.startswith('_'))] if inspect.isclass(public) else []
+        for label, function in [(name, public)]*inspect.isfunction(public) + [m for m in methods if not is_generated(m[1])]:
+            signature = inspect.signature(function)
+            named = [p for p in signature.parameters.values() if p.name!='self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+            bare += [f'{label}({p.name})' for p in named if p.annotation is p.empty]
+            if signature.return_annotation is signature.empty and not label.endswith('__init__'): bare.append(f'{label} -> ?')
+    assert bare==[]
+
+
+def is_generated(function): return function.__code__.co_filename.startswith('<') # by dataclass or NamedTuple
 
 
 def test_wheel_trains(installed, cifar10_root, tmp_path):
