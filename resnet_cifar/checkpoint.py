@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'replacing', 'save_checkpoint', 'load_checkpoint', 'facts_o
 
 # %% ../nbs/06_checkpoint.ipynb #imports-export
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -23,7 +24,7 @@ from torch import nn
 
 from .config import TrainConfig
 from .data import CIFAR10_MEAN, CIFAR10_STD, CLASSES
-from .models import ResNet, _architectures, describe_architecture, from_architecture, load_weights, read_file, state_dict_of
+from .models import ResNet, _differences, _likely_architectures, describe_architecture, from_architecture, load_weights, read_file, state_dict_of
 from .training import Callback, TrainState
 
 # %% ../nbs/06_checkpoint.ipynb #_also_called
@@ -83,9 +84,10 @@ def facts_of(
 )->dict:             # `architecture, classes, mean, std, image_size`: plain values
     "What one must know to use a network, apart from its weights."
     architecture = getattr(model, 'architecture', None)
-    num_classes = architecture['num_classes'] if architecture else len(CLASSES)
+    ours = isinstance(architecture, dict)
+    num_classes = architecture['num_classes'] if ours else len(CLASSES)
     facts = dict(classes=list(CLASSES) if num_classes==len(CLASSES) else list(map(str, range(num_classes))), mean=list(CIFAR10_MEAN), std=list(CIFAR10_STD), image_size=32)
-    return dict(architecture=architecture) | getattr(model, 'pretrained_cfg', facts)
+    return dict(architecture=architecture if ours else None) | (getattr(model, 'pretrained_cfg', facts) if ours else facts)
 
 # %% ../nbs/06_checkpoint.ipynb #checkpoint_of
 def checkpoint_of(
@@ -141,39 +143,56 @@ class Checkpointer(Callback):
         save_checkpoint(self.folder/'last.ckpt', content, keep='previous.ckpt')
 
 # %% ../nbs/06_checkpoint.ipynb #save_pretrained
+def _facts_and_weights(model):
+    "What is to be saved, after making sure that it can be read back."
+    facts, weights = facts_of(model), {key: value.detach().cpu().contiguous() for key, value in state_dict_of(model.state_dict()).items()}
+    if facts['architecture'] is None: raise ValueError(f'only a ResNet of this package can be saved, not {type(model).__name__}')
+    with torch.device('meta'): wrong = _differences(from_architecture(facts['architecture']), weights)
+    wrong += [f'{key} is {value.dtype}, not torch.float32' for key, value in weights.items() if value.is_floating_point() and value.dtype!=torch.float32]
+    if wrong: raise ValueError(f'the model is no longer {describe_architecture(facts["architecture"])}: {wrong[0]}')
+    return facts, weights
+
 def save_weights(
-    model:nn.Module,      # a `ResNet`; any other module is a `ValueError`
+    model:nn.Module,      # a `ResNet` in float32; any other module is a `ValueError`
     path:str|os.PathLike, # a `.safetensors`; its folder must exist
 )->None:
     "Write weights and facts as one safetensors file, which `load_model` and every other reader of that format reads."
-    facts = facts_of(model)
-    if facts['architecture'] is None: raise ValueError(f'only a ResNet of this package can be saved, not {type(model).__name__}')
-    weights = {key: value.detach().cpu().contiguous() for key, value in state_dict_of(model.state_dict()).items()}
+    facts, weights = _facts_and_weights(model)
     with replacing(path) as temporary: save_file(weights, temporary, metadata=dict(resnet_cifar=json.dumps(facts))) # one note: of several the order varies
 
 def save_pretrained(
-    model:nn.Module,        # a `ResNet`; any other module is a `ValueError`
+    model:nn.Module,        # a `ResNet` in float32; any other module is a `ValueError`
     folder:str|os.PathLike, # made when missing; the two files in it are replaced
 )->None:
     "Write `model.safetensors` and `config.json`, the layout that Hugging Face's tools have."
-    folder = Path(folder)
+    folder, (facts, _) = Path(folder), _facts_and_weights(model)
     if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, a folder is needed')
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder/'model.safetensors')
-    with replacing(folder/'config.json') as temporary: temporary.write_text(json.dumps(facts_of(model), indent=1) + '\n', encoding='utf-8')
+    with replacing(folder/'config.json') as temporary: temporary.write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
 
 # %% ../nbs/06_checkpoint.ipynb #_model_of
+def _checked_facts(facts, where):
+    "The facts without the architecture, if they are what they should be."
+    facts = facts if isinstance(facts, dict) else {}
+    is_number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 # a NaN is not
+    three = lambda v: isinstance(v, list) and len(v)==3 and all(map(is_number, v))
+    right = dict(architecture='architecture' in facts, mean=three(facts.get('mean')), std=three(facts.get('std')) and min(facts['std']) > 0,
+                 image_size=type(facts.get('image_size')) is int and 1 <= facts['image_size'] <= 4096,
+                 classes=isinstance(facts.get('classes'), list) and all(isinstance(c, str) for c in facts['classes']) and len(set(facts['classes']))==len(facts['classes']) > 0)
+    wrong = [name for name, is_right in right.items() if not is_right]
+    if wrong: raise ValueError(f'{where}: {" and ".join(wrong)} missing or wrong, so that no network can be built')
+    return {name: facts[name] for name in ('classes', 'mean', 'std', 'image_size')}
+
 def _model_of(facts, content, where):
     "The network with these facts and the weights in `content`, in evaluation mode."
-    names = ('architecture', 'classes', 'mean', 'std', 'image_size')
-    if not isinstance(facts, dict) or not all(name in facts for name in names): raise ValueError(f'{where}: {", ".join(names)} are needed to build a network')
-    if not isinstance(facts['architecture'], dict): raise ValueError(f'{where} was not saved from a ResNet of this package: build your module and give it to load_weights')
-    try: model = load_weights(from_architecture(facts['architecture']), state_dict_of(content, where))
+    cfg = _checked_facts(facts, where)
+    if facts['architecture'] is None: raise ValueError(f'{where} was not saved from a ResNet of this package: build your module and give it to load_weights')
+    try:
+        with torch.device('meta'): model = from_architecture(facts['architecture']) # costs nothing, whatever the file says
     except ValueError as e: raise ValueError(f'{where}: {e}') from None
-    cfg = {name: facts[name] for name in names[1:]}
-    numbers = [cfg['image_size'], *cfg['mean'], *cfg['std']] if isinstance(cfg['mean'], list) and isinstance(cfg['std'], list) else []
-    if len(numbers)!=7 or not all(isinstance(n, (int, float)) for n in numbers): raise ValueError(f'{where}: mean and std must be three numbers each, image_size one')
-    if not isinstance(cfg['classes'], list) or len(cfg['classes'])!=model.fc.out_features: raise ValueError(f'{where}: {model.fc.out_features} classes need as many names')
+    if model.fc.out_features!=len(cfg['classes']): raise ValueError(f'{where}: {model.fc.out_features} classes need as many names')
+    model = load_weights(model.to_empty(device='cpu'), content, where)
     model.pretrained_cfg = cfg
     return model.eval()
 
@@ -185,28 +204,30 @@ def from_pretrained(
     path = Path(folder)/'config.json'
     try: facts = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: raise FileNotFoundError(f'{path}: no such file') from None
-    except (OSError, ValueError) as e: raise ValueError(f'{path} is damaged ({type(e).__name__})') from None
-    return _model_of(facts, read_file(Path(folder)/'model.safetensors'), folder)
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{path} is damaged ({type(e).__name__})') from None
+    content = read_file(Path(folder)/'model.safetensors')
+    if 'architecture' in content and content['architecture']!=(facts.get('architecture') if isinstance(facts, dict) else None):
+        raise ValueError(f'{path} and the model.safetensors beside it are of two networks')
+    return _model_of(facts, content, folder)
 
 # %% ../nbs/06_checkpoint.ipynb #load_model
 def load_model(
-    path:str|os.PathLike, # a checkpoint; a run folder (its best.ckpt, else its last.ckpt); a folder of `save_pretrained`; a `.safetensors` of anybody's
+    path:str|os.PathLike, # a checkpoint; a run folder (its best.ckpt, else its last.ckpt); a folder of `save_pretrained`; anybody's file of weights whose shapes tell what it is
 )->ResNet:                # in evaluation mode, on the CPU; its averaged weights where the run kept an average
     "The network in a file, ready to answer. Raises `FileNotFoundError` or `ValueError` with one line that names the file."
     path = Path(path)
-    if (path/'config.json').is_file() and (path/'model.safetensors').is_file(): return from_pretrained(path)
-    if path.suffix!='.safetensors' or path.is_dir():
-        content = load_checkpoint(path)
-        return _model_of(content, content, path)
-    content = read_file(path)
-    if 'architecture' in content: return _model_of(content, content, path)
-    found = _architectures(state_dict_of(content, path)) # somebody else's: the shapes must tell
-    if len(found)!=1: raise ValueError(f'{path} could be ' + (' or '.join(map(describe_architecture, found)) or 'no network of this package') + ': build the model and give it to load_weights')
-    return load_weights(from_architecture(found[0]), content).eval()
+    if path.is_dir() and not any((path/name).exists() for name in ('best.ckpt', 'last.ckpt')) and (path/'model.safetensors').exists(): return from_pretrained(path)
+    content = None if path.is_dir() else read_file(path)
+    if content is None or 'format' in content: content = load_checkpoint(path)
+    if isinstance(content, dict) and ('format' in content or isinstance(content.get('architecture'), dict)): return _model_of(content, content, path)
+    found = _likely_architectures(state_dict_of(content, path)) # somebody else's: the shapes must tell
+    if not found: raise ValueError(f'{path} is of no network of this package')
+    if len(found) > 1: raise ValueError(f'{path} could be {" or ".join(map(describe_architecture, found))}, which have the same keys: build the one it is and give it to load_weights')
+    return load_weights(from_architecture(found[0]), content, path).eval()
 
 # %% ../nbs/06_checkpoint.ipynb #export_onnx
 def export_onnx(
-    model:ResNet,           # in evaluation mode, on the CPU
+    model:ResNet,           # on the CPU; left as it is
     path:str|os.PathLike,   # the file to write; its folder must exist
     *,
     normalize:bool=False,   # the graph takes pixels from 0 to 1 and normalises them itself
@@ -220,7 +241,7 @@ def export_onnx(
     facts = facts_of(model)
     first = nn.BatchNorm2d(3, eps=0, affine=False)
     first.running_mean, first.running_var = torch.tensor(facts['mean']), torch.tensor(facts['std'])**2
-    whole = nn.Sequential(*[first]*normalize, model, *[nn.Softmax(dim=1)]*softmax).eval()
+    whole = nn.Sequential(*[first]*normalize, copy.deepcopy(model), *[nn.Softmax(dim=1)]*softmax).eval()
     batches = [torch.rand(n, 3, facts['image_size'], facts['image_size'], generator=torch.Generator().manual_seed(n)) for n in (1, 2, 7)]
     program = torch.onnx.export(whole, (batches[1],), dynamic_shapes=[{0: torch.export.Dim('batch')}], input_names=['images'], output_names=['probabilities' if softmax else 'logits'], verbose=False)
     graph = program.model_proto
@@ -228,7 +249,7 @@ def export_onnx(
     graph.metadata_props.add(key='resnet_cifar', value=json.dumps(facts))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=['CPUExecutionProvider'])
     with torch.no_grad(): pairs = [(whole(batch), torch.from_numpy(session.run(None, {'images': batch.numpy()})[0])) for batch in batches]
-    difference = max(((ours - theirs).abs().max()/ours.abs().max()).item() for ours, theirs in pairs)
+    difference = max(((ours - theirs).abs().max()/ours.abs().max().clamp(min=1e-30)).item() for ours, theirs in pairs)
     if not difference < 1e-5: raise RuntimeError(f'{path} was not written: ONNX Runtime differs from the model by {difference:.1e} of the largest output')
     with replacing(path) as temporary: onnx.save(graph, temporary)
     return difference

@@ -71,7 +71,7 @@ def export_command(
 )->None:
     "The command `resnet-cifar export`."
     flags = parse_flags(ExportFlags, argv, prog='resnet-cifar export')
-    output = Path(flags.output or f'model.{flags.format}')
+    output = Path(f'model.{flags.format}' if flags.output is None else flags.output)
     if output.suffix!=f'.{flags.format}': raise ValueError(f'--output {output}: a file of --format {flags.format} is called something.{flags.format}')
     if flags.format!='onnx' and (flags.normalize or flags.softmax): raise ValueError(f'--{"normalize" if flags.normalize else "softmax"}: only --format onnx has a graph to put it into')
     if output.is_dir() or not output.parent.is_dir(): raise ValueError(f'--output {output}: {"is a folder" if output.is_dir() else f"there is no folder {output.parent}"}')
@@ -92,11 +92,16 @@ class InfoFlags:
     num_classes:int=10                 # length of the logits
 
 # %% ../nbs/10_cli.ipynb #info_command
+def _with_name(argv):
+    "`info NAME` is short for `info --name NAME`, at either end of the line."
+    if argv and not argv[0].startswith('-'): return ['--name', *argv]
+    return [*argv[:-1], '--name', argv[-1]] if len(argv)%2 and not argv[-1].startswith('-') else argv
+
 def info_command(
     argv:list, # the words after `info`
 )->None:
     "The command `resnet-cifar info [NAME]`."
-    flags = parse_flags(InfoFlags, ['--name', *argv] if argv and not argv[0].startswith('-') else argv, prog='resnet-cifar info')
+    flags = parse_flags(InfoFlags, _with_name(argv), prog='resnet-cifar info')
     if flags.name is not None: _require_one_of('name', flags.name.lower(), MODELS)
     _require_range('image_size', flags.image_size, 8, 4096)
     _require_range('num_classes', flags.num_classes, 1, 1_000_000)

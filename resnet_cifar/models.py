@@ -10,6 +10,7 @@ __all__ = ['Source', 'ResNet', 'list_models', 'create_model', 'resnet18', 'resne
 
 # %% ../nbs/01_models.ipynb #imports-export
 import difflib
+import io
 import json
 import os
 import pickle
@@ -18,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -105,7 +106,7 @@ def create_model(
     **kwargs,           # passed on to `ResNet`: `shortcut`, `stem`, `zero_init_residual`
 )->ResNet:
     "Build a network by its name."
-    key = name.lower()
+    key = str(name).lower()
     if key not in _REGISTRY:
         nearest = difflib.get_close_matches(key, _REGISTRY, n=1, cutoff=0)
         raise ValueError(f'unknown model {name!r}: did you mean {nearest[0]!r}? Known are {", ".join(_REGISTRY)}')
@@ -229,48 +230,60 @@ class StageSummary(NamedTuple):
     macs: int             # multiply-accumulates of convolutions and matrix products for one image
     activation_bytes: int # float32 memory that one image of a training batch keeps for the backward pass
 
+# %% ../nbs/01_models.ipynb #_Kept
+class _Kept(saved_tensors_hooks):
+    "Counts the bytes that autograd keeps, by the part of the model that is at work: each piece of memory once, and no parameters."
+    def __init__(self, weights):
+        super().__init__(self.keep, lambda tensor: tensor)
+        self.bytes, self.part, self.seen = Counter(), None, {tensor.untyped_storage() for tensor in weights}
+
+    def keep(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.seen and tensor.ndim > 1: self.bytes[self.part] += storage.nbytes() # one dimension: a batch norm's statistics, once a batch
+        self.seen.add(storage)
+        return tensor
+
 # %% ../nbs/01_models.ipynb #summary
 def summary(
     model:nn.Module,    # the network; its weights are not read, its mode is left alone
     image_size:int=32,  # height and width of the image, in pixels
 )->list[StageSummary]:  # one for each submodule that was called, in this order; the last is the total
     "Output shape, parameters, MACs and activation memory of each stage for one image."
-    shapes, kept, now, training = {}, Counter(), [None], model.training
-    def enter(name): now[0] = name
-    def leave(name, out): shapes[name] = tuple(out.shape[1:])
-    hooks = [hook for name, m in model.named_children() for hook in (m.register_forward_pre_hook(lambda m, args, name=name: enter(name)),
-                                                                     m.register_forward_hook(lambda m, args, out, name=name: leave(name, out)))]
     weights = {k: torch.empty_like(v, device='meta').requires_grad_(v.requires_grad) for k, v in (*model.named_parameters(), *model.named_buffers())}
-    seen = {v.untyped_storage() for v in weights.values()}
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage not in seen and tensor.ndim > 1: kept[now[0]] += storage.nbytes() # one dimension: a batch norm's statistics, once a batch
-        seen.add(storage)
-        return tensor
+    shapes, kept, modes = {}, _Kept(weights.values()), [(m, m.training) for m in model.modules()]
+    def enter(m, args): kept.part = parts[m]
+    def leave(m, args, out): shapes[parts[m]] = tuple(out.shape[1:])
+    parts = {m: name for name, m in model.named_children()}
+    hooks = [hook for m in parts for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
-        with FlopCounterMode(display=False, depth=2) as counter, torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with FlopCounterMode(display=False, depth=2) as counter, torch.enable_grad(), kept:
             torch.func.functional_call(model.eval(), weights, torch.empty(1, 3, image_size, image_size, device='meta'))
     finally:
-        model.train(training)
+        for m, training in modes: m.training = training
         for hook in hooks: hook.remove()
     flops = {name.partition('.')[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     count = lambda m: sum(p.numel() for p in m.parameters() if p.requires_grad)
-    rows = [StageSummary(name, shape, count(getattr(model, name)), flops.get(name, 0)//2, kept[name]) for name, shape in shapes.items()]
-    return rows + [StageSummary('total', rows[-1].output_shape, count(model), counter.get_total_flops()//2, kept.total())]
+    rows = [StageSummary(name, shape, count(getattr(model, name)), flops.get(name, 0)//2, kept.bytes[name]) for name, shape in shapes.items()]
+    return rows + [StageSummary('total', rows[-1].output_shape, count(model), counter.get_total_flops()//2, kept.bytes.total())]
 
 # %% ../nbs/01_models.ipynb #read_file
+def _decode(raw, where):
+    "What `torch.save` or a safetensors writer put into these bytes: tensors and plain values."
+    try:
+        if raw[8:9]!=b'{': return torch.load(io.BytesIO(raw), map_location='cpu', weights_only=True)
+        note = json.loads(raw[8:8 + int.from_bytes(raw[:8], 'little')]).get('__metadata__', {}).get('resnet_cifar', '{}')
+        return dict(json.loads(note), model=safetensors.torch.load(raw))
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
+        raise ValueError(f'{where} is damaged or no file of weights ({type(e).__name__})') from None
+
 def read_file(
-    path:str|os.PathLike, # a `.safetensors`, or what `torch.save` wrote
-)->dict:                  # what is in it, tensors on the CPU; a `.safetensors` gives `model` and what our `save_pretrained` noted beside it
+    path:str|os.PathLike, # safetensors, or what `torch.save` wrote
+)->dict:                  # what is in it, tensors on the CPU; safetensors give `model`, and what our `save_pretrained` noted beside it
     "Read a file of weights without running anything in it; `FileNotFoundError` or `ValueError` name the file in one line."
     path = Path(path)
+    if path.is_dir(): raise IsADirectoryError(f'{path} is a folder, a file is needed')
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
-    try:
-        if path.suffix!='.safetensors': return torch.load(path, map_location='cpu', weights_only=True)
-        with safe_open(path, 'pt') as file:
-            return dict(json.loads((file.metadata() or {}).get('resnet_cifar', '{}')), model={key: file.get_tensor(key) for key in file.keys()})
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, pickle.UnpicklingError, SafetensorError) as e:
-        raise ValueError(f'{path} is damaged or no file of weights ({type(e).__name__})') from None
+    return _decode(path.read_bytes(), path)
 
 # %% ../nbs/01_models.ipynb #state_dict_of
 def _plain_key(key):
@@ -278,23 +291,46 @@ def _plain_key(key):
     words = [word for word in key.split('.') if word not in ('_orig_mod', 'module')] # torch.compile; DDP and averaged models
     return '.'.join({'shortcut': 'downsample', 'linear': 'fc'}.get(word, word) for word in words)
 
+def _tensors(content): return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+
 def state_dict_of(
-    content:dict, # a state dict, or a dict that holds one as `averaged`, `model`, `state_dict` or `net`
-    where:object='the source', # what it was read from, for the message
-)->dict:          # key -> tensor, with torchvision's keys; nothing is copied
-    "The state dict in what somebody saved; none at all raises `ValueError`."
-    if isinstance(content, Mapping): content = next((content[k] for k in ('averaged', 'model', 'state_dict', 'net') if isinstance(content.get(k), Mapping)), content)
-    if not isinstance(content, Mapping): raise ValueError(f'{where} holds no state dict, but {type(content).__name__}')
-    state = {_plain_key(key): value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor) and key!='n_averaged'}
+    content:dict,               # a state dict, or a dict with one inside: averaged weights are preferred to plain ones
+    where:object='the source',  # what it was read from, for the message
+)->dict:                        # key -> tensor, with torchvision's keys; nothing is copied
+    "The state dict in what somebody saved. None at all, or two keys that mean the same, raise `ValueError`."
+    inside = [content.get(k) for k in ('averaged', 'state_dict_ema', 'model', 'state_dict', 'model_state_dict', 'net')] if isinstance(content, Mapping) else []
+    found = next(filter(None, map(_tensors, [*inside, content])), {})
+    state = {_plain_key(key): value for key, value in found.items() if key!='n_averaged'}
     if not state: raise ValueError(f'{where} holds no state dict')
+    if len(state) < len(found.keys() - {'n_averaged'}): raise ValueError(f'{where} holds the same weight under two names')
     return state
 
+# %% ../nbs/01_models.ipynb #from_architecture
+_BLOCKS = {'BasicBlock': BasicBlock, 'Bottleneck': Bottleneck}
+
+def _checked(architecture):
+    "The description of a network, looked at before it is believed: it may come from a file."
+    is_count = lambda value, most: type(value) is int and 1 <= value <= most
+    a = architecture if isinstance(architecture, Mapping) else {}
+    layers = a.get('layers')
+    right = (a.keys()=={'block', 'layers', 'num_classes', 'width', 'shortcut', 'stem'} and a['block'] in [*_BLOCKS] and isinstance(layers, (list, tuple)) and all(is_count(n, 1000) for n in layers)
+             and len(layers) in (3, 4) and sum(layers) <= 1000 and is_count(a['num_classes'], 10**6) and is_count(a['width'], 4096) and a['shortcut'] in ['A', 'B', 'C', None] and a['stem'] in ['cifar', 'imagenet'])
+    if not right: raise ValueError(f'{str(architecture)[:200]} describes no ResNet')
+    return dict(a, layers=list(layers))
+
+def from_architecture(
+    architecture:dict, # as in `ResNet.architecture`
+)->ResNet:             # with random weights; what describes no network raises `ValueError`
+    "Build a network from the plain values that describe it."
+    values = _checked(architecture)
+    return ResNet(_BLOCKS[values.pop('block')], **values)
+
 # %% ../nbs/01_models.ipynb #_architectures
-def _architectures(state):
+def _likely_architectures(state):
     "Arguments of `ResNet` with which it has exactly these keys and shapes: none, one, or two (option A and the plain network)."
     conv1, fc = state.get('conv1.weight'), state.get('fc.weight')
+    if conv1 is None or fc is None or (conv1.ndim, fc.ndim)!=(4, 2): return []
     layers = [len({key.split('.')[1] for key in state if key.startswith(f'layer{i}.')}) for i in (1, 2, 3, 4)]
-    if conv1 is None or fc is None or fc.ndim!=2 or not all(layers[:3]): return []
     kinds = ['C'] if 'layer1.0.downsample.0.weight' in state and 'layer2.1.downsample.0.weight' in state else ['B'] if 'layer2.0.downsample.0.weight' in state else ['A', None]
     found = [dict(block='Bottleneck' if 'layer1.0.conv3.weight' in state else 'BasicBlock', layers=[n for n in layers if n], num_classes=fc.shape[0],
                   width=conv1.shape[0], shortcut=kind, stem='imagenet' if conv1.shape[-1]==7 else 'cifar') for kind in kinds]
@@ -304,19 +340,14 @@ def _architectures(state):
 
 def _differences(model, state):
     "What keeps `state` from being the model's state dict, a few words for each key."
-    own = model.state_dict()
-    return [*(f'{key} is {"missing" if key not in state else f"{tuple(state[key].shape)}, not {tuple(value.shape)}"}' for key, value in own.items()
-              if not key.endswith('num_batches_tracked') and (key not in state or state[key].shape!=value.shape)), # old files do not count batches
-            *(f'{key} is unknown' for key in state if key not in own)]
-
-# %% ../nbs/01_models.ipynb #from_architecture
-def from_architecture(
-    architecture:dict, # as in `ResNet.architecture`
-)->ResNet:             # with random weights; a value that makes no network raises `ValueError`
-    "Build a network from the plain values that describe it."
-    blocks = {'BasicBlock': BasicBlock, 'Bottleneck': Bottleneck}
-    try: return ResNet(blocks[architecture['block']], **{key: value for key, value in architecture.items() if key!='block'})
-    except (KeyError, TypeError) as e: raise ValueError(f'{architecture} describes no ResNet ({type(e).__name__}: {e})') from None
+    def wrong(key, value):
+        if key not in state: return '' if key.endswith('num_batches_tracked') else f'{key} is missing' # old files do not count batches
+        theirs = state[key]
+        if theirs.shape!=value.shape: return f'{key} is {tuple(theirs.shape)}, not {tuple(value.shape)}'
+        usable = theirs.layout==torch.strided and theirs.device.type!='meta' and theirs.is_floating_point()==value.is_floating_point() and not theirs.is_complex()
+        return '' if usable or value.device.type=='meta' else f'{key} is of {theirs.dtype}, {theirs.layout} on {theirs.device}'
+    own = {_plain_key(key): value for key, value in model.state_dict().items()}
+    return [*filter(None, (wrong(key, value) for key, value in own.items())), *(f'{key[:80]} is unknown' for key in state if key not in own)]
 
 # %% ../nbs/01_models.ipynb #describe_architecture
 def describe_architecture(
@@ -331,20 +362,19 @@ def describe_architecture(
 
 # %% ../nbs/01_models.ipynb #load_weights
 def load_weights(
-    model:nn.Module, # changed in place, or not at all
-    source:Source,   # a file (`.safetensors`, checkpoint, what `torch.save` wrote), or a dict: torchvision's, timm's, pytorch-cifar's or our keys
-)->nn.Module:        # `model`
+    model:nn.Module,             # changed in place, or not at all; may be wrapped by `torch.compile` or DDP
+    source:Source,               # a file (safetensors, checkpoint, what `torch.save` wrote), or a dict: torchvision's, timm's, pytorch-cifar's or our keys; averaged weights are preferred
+    where:object='the state dict', # what a dict was read from, for the message
+)->nn.Module:                    # `model`
     "Copy weights into a model. What does not fit raises a `ValueError` that names the first keys that differ and the network they look like."
-    is_file = isinstance(source, (str, os.PathLike))
-    where = str(source) if is_file else 'the state dict'
-    content = read_file(source) if is_file else source
-    state, architecture = state_dict_of(content, where), getattr(model, 'architecture', None)
-    noted = content.get('architecture')                       # in files of ours
-    noted = [] if isinstance(noted, Tensor) or not noted else [noted]
-    wrong = _differences(model, state) or [f'it was saved from {describe_architecture(a)}' for a in noted if architecture and a!=architecture]
+    if isinstance(source, (str, os.PathLike)): source, where = read_file(source), source
+    state, architecture = state_dict_of(source, where), getattr(model, 'architecture', None)
+    noted = [_checked(source['architecture'])] if isinstance(source.get('architecture'), Mapping) else [] # in files of ours
+    wrong = _differences(model, state) or [f'it was saved from {describe_architecture(a)}' for a in noted if isinstance(architecture, dict) and a!=architecture]
     if wrong:
-        this = describe_architecture(architecture) if architecture else f'this {type(model).__name__}'
-        likely = ' or '.join(map(describe_architecture, noted or _architectures(state))) or 'no network of this package'
+        this = describe_architecture(architecture) if isinstance(architecture, dict) else f'this {type(model).__name__}'
+        likely = ' or '.join(map(describe_architecture, noted or _likely_architectures(state))) or 'no network of this package'
         raise ValueError(f'{where} does not fit {this}: {"; ".join(wrong[:3])}{f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""}. It looks like {likely}')
-    model.load_state_dict(state)
+    own = model.state_dict()
+    model.load_state_dict({key: state.get(_plain_key(key), torch.tensor(0)) for key in own}) # 0 batches, where they were not counted
     return model

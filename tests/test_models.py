@@ -21,7 +21,7 @@ from resnet_cifar.training import new_state
 BIG = ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152']
 OPTIONS = [('resnet18', kind) for kind in ('A', 'C')] + [('resnet50', kind) for kind in ('A', 'C')] + [('resnet20', kind) for kind in ('B', 'C')]
 TOLERANCE = {'resnet': dict(channels_last=1e-5, export=1e-5, compile=1e-5, bf16=0.1), # of the largest logit; bf16 keeps 8 bits of each layer's result
-             'plain': dict(channels_last=1e-4, export=1e-5, compile=1e-4, bf16=0.4)}   # without shortcuts every layer makes the rounding of those before it larger
+             'plain': dict(channels_last=1e-4, export=1e-5, compile=1e-4, bf16=0.2)}   # without shortcuts every layer makes the rounding of those before it larger
 
 
 def theirs(library, name):
@@ -155,7 +155,7 @@ def test_other_ways_to_run(name):
         with torch.autocast('cpu', torch.bfloat16): found['bf16'] = net(x)
         found['compile'] = torch.compile(net, backend='inductor' if family=='resnet' else 'aot_eager')(x) # the twins' layers are the same: no code is generated for them again
     differences = {way: difference(value, logits) for way, value in found.items()}
-    assert differences.keys()==TOLERANCE[family].keys() and all(differences[way] <= limit for way, limit in TOLERANCE[family].items()), differences
+    assert all(differences[way] <= limit for way, limit in TOLERANCE[family].items()), differences
 
 
 @pytest.mark.parametrize('name', list_models())
@@ -173,17 +173,23 @@ def test_other_shortcuts(name, kind):
     assert [n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max()==0]==[]
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnet20', 'plain20'])
-def test_activation_memory_against_real_tensors(name):
-    "The same count on real memory in training mode: every piece that autograd keeps, without weights and what is kept once a batch."
-    net, x, pieces = create_model(name, width=8), torch.randn(3, 3, 32, 32), {}
-    weights = {v.data_ptr() for v in (*net.parameters(), *net.buffers())}
-
-    def keep(tensor):
-        if tensor.ndim > 1 and tensor.data_ptr() not in weights: pieces[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor): net(x)
-    assert sum(t.untyped_storage().nbytes() for t in pieces.values())==3*summary(net)[-1].activation_bytes
+@pytest.mark.parametrize('name, width', [('resnet18', 64), ('resnet50', 64), ('resnet20', 16), ('plain20', 16), ('resnet152', 8)])
+def test_activation_memory_by_hand(name, width):
+    "Maps that a block must keep: the outputs of its convolutions and of its ReLUs, which the next convolution needs too; a projection's output for its batch norm."
+    with torch.device('meta'): net = create_model(name, width=width)
+    numbers, size = 3*32*32 + 2*width*32*32, 32 # the picture; the stem's convolution and ReLU
+    for i, count in enumerate(net.architecture['layers']):
+        channels = width*2**i
+        for block in range(count):
+            before, size = size, size//2 if i and not block else size
+            if net.architecture['block']=='BasicBlock':
+                numbers += 4*channels*size**2
+                projected = channels if net.architecture['shortcut']=='B' and i and not block else 0
+            else:
+                numbers += 2*channels*before**2 + 2*channels*size**2 + 2*4*channels*size**2 # 1x1, 3x3, 1x1: the stride is in the middle
+                projected = 4*channels if not block else 0
+            numbers += projected*size**2
+    assert summary(net)[-1].activation_bytes==4*(numbers + net.num_features) # the classifier keeps its input
 
 
 @given(st.lists(st.sampled_from(['_orig_mod', 'module']), max_size=4), st.booleans())
