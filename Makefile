@@ -3,11 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train test export lab clean
+.PHONY: help train test faults export lab clean
 
 help:
 	@echo "make train   set up, fetch CIFAR-10, train the recipe 'quick', show the test accuracy"
 	@echo "make test    run all notebooks, pytest and the repository rules"
+	@echo "make faults  the long version of the worst test: a run is killed a hundred times"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make export  notebooks -> resnet_cifar/*.py and README.md, notebooks cleaned"
 	@echo "make clean   remove .venv and what was built (data and checkpoints stay)"
@@ -18,6 +19,9 @@ train: .venv/runtime.stamp
 test: .venv/dev.stamp
 	$(BIN)/python tests/run_notebooks.py
 	$(BIN)/python -m pytest
+
+faults: .venv/dev.stamp
+	FAULT_ROUNDS=100 $(BIN)/python -m pytest -s tests/test_faults.py -k kill_9
 
 export: .venv/dev.stamp
 	$(BIN)/nbdev_export

@@ -130,7 +130,7 @@ class TrainFlags(TrainConfig):
     "Train a residual network on CIFAR-10. A recipe is the base, --config overrides it, a flag overrides both."
     recipe:str|None=None   # a named set of settings: quick
     config:str|None=None   # a TOML file of settings
-    resume:str|None=None   # auto: go on with the run in --ckpt_dir, or start it when there is none
+    resume:str|None=None   # auto: go on with the run in --ckpt_dir, or start it when there is none; a checkpoint or run folder: go on from there
     overwrite:bool=False   # start anew in a folder that holds a run
     record:bool=False      # write config, history and result to nbs/runs/ under the run folder's name; needs a clean git checkout
     debug:bool=False       # show the whole traceback of an error

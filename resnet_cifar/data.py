@@ -167,7 +167,8 @@ class _Keys:
     def __len__(self): return self.num_batches
     def __iter__(self): return ((self.epoch, number) for number in range(self.num_batches))
 
-def _ignore_ctrl_c(worker): signal.signal(signal.SIGINT, signal.SIG_IGN) # the main process ends its workers, without a traceback from each
+def _ignore_signals(worker): # the main process ends its workers, without a traceback from each
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
 
 # %% ../nbs/03_data.ipynb #BatchLoader
 class BatchLoader:
@@ -195,7 +196,7 @@ class BatchLoader:
         self.batches = None
         if num_workers and images.device.type=='cpu':
             self.batches = DataLoader(self.dataset, batch_size=None, sampler=self.keys, num_workers=num_workers, persistent_workers=True,
-                worker_init_fn=_ignore_ctrl_c, generator=torch.Generator()) # its own: the global one is not touched
+                worker_init_fn=_ignore_signals, generator=torch.Generator()) # its own: the global one is not touched
 
     def set_epoch(self,
         epoch:int, # 0, 1, …

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -270,7 +271,10 @@ def summary(
 def _decode(raw, where):
     "What `torch.save` or a safetensors writer put into these bytes: tensors and plain values."
     try:
-        if raw[8:9]!=b'{': return torch.load(io.BytesIO(raw), map_location='cpu', weights_only=True)
+        if raw[8:9]!=b'{':
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore') # about unusual pickles
+                return torch.load(io.BytesIO(raw), map_location='cpu', weights_only=True)
         note = json.loads(raw[8:8 + int.from_bytes(raw[:8], 'little')]).get('__metadata__', {}).get('resnet_cifar', '{}')
         return dict(json.loads(note), model=safetensors.torch.load(raw))
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, pickle.UnpicklingError, safetensors.SafetensorError) as e:

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,12 +30,12 @@ import torch
 from torch import nn
 
 import resnet_cifar
-from .checkpoint import Checkpointer, load_checkpoint, load_model, replacing, restore, state_digest
+from .checkpoint import Checkpointer, load_checkpoint, load_model, replacing, restore, save_checkpoint, state_digest
 from .config import TrainConfig, TrainFlags, parse_args
 from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, split_train_valid
-from .fetch import _require_writable, download_cifar10, one_line_errors
+from .fetch import Stopped, _require_writable, download_cifar10, locked, on_signal, one_line_errors
 from .models import create_model, summary
-from .training import EMA, Callback, TrainState, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
+from .training import BY_BATCH, EMA, Callback, TrainState, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
 
 # %% ../nbs/07_trainer.ipynb #pick_device
 def pick_device(
@@ -105,6 +106,7 @@ def describe(
     config:TrainConfig, # resolved
     loaders:tuple,      # from `make_loaders`
     finished:int=0,     # epochs that are done, of a run that goes on
+    steps:int=0,        # steps that are done of the next one
 )->None:
     "Print the plan of a run before its first epoch."
     train, valid, test = loaders
@@ -117,7 +119,7 @@ def describe(
     print(f'rate         {config.optimizer}, {config.lr_scheduler}: ' + ', '.join(f'{0.0 if plan[e] < 1e-12 else plan[e]:.3g} in epoch {e}' for e in epochs))
     if config.lr_scheduler=='CosineAnnealingLR' and (config.t_max or config.num_epochs) < config.num_epochs:
         print(f'  warning: --t_max {config.t_max} is less than --num_epochs {config.num_epochs}: the rate reaches 0 in epoch {config.t_max} and climbs again; leave --t_max out to end at 0')
-    print(f'run folder   {config.ckpt_dir}' + (f', going on after {finished} finished epochs' if finished else ''))
+    print(f'run folder   {config.ckpt_dir}' + (f', going on after {finished} finished epochs' + (f' and {steps} steps' if steps else '') if finished or steps else ''))
     seconds = expected_seconds(model, config, num_train, num_valid*(config.num_epochs - finished) + num_test, finished)
     print(f'expected     {"about %.0f min" % (seconds/60) if seconds > 90 else "about %.0f s" % seconds}' + (', and the time to compile' if config.compile else ''), flush=True)
 
@@ -147,6 +149,7 @@ class RunFolder(Callback):
     def before_fit(self, state:TrainState)->None:
         "A run that goes on may have been stopped between its checkpoint and its table."
         if state.history: self.write(state.history)
+        else: (self.folder/'history.csv').unlink(missing_ok=True)
 
     def write(self, history:list)->None:
         "Rewrite both files from the whole history."
@@ -171,15 +174,34 @@ class RunFolder(Callback):
         return figure
 
 # %% ../nbs/07_trainer.ipynb #_Watched
+class _Stop:
+    "Remembers the first signal, to be looked at between two steps; the second one ends the program at once."
+    def __init__(self): self.number, self.between_steps = None, False
+
+    def __call__(self, number, frame):
+        "The signal's handler."
+        if self.number is not None: raise Stopped(number, 'stopped at once, by a second signal')
+        self.number = number
+        with contextlib.suppress(OSError): os.write(2, b'stopping at the next step (a second signal stops at once)\n') # print may not be used here
+
+    def check(self):
+        "Called where nothing is half done."
+        if self.number is None: return
+        self.between_steps = True
+        raise Stopped(self.number)
+
 class _Watched:
-    "Training batches behind a progress bar, where somebody is watching."
-    def __init__(self, loader): self.loader, self.set_epoch = loader, loader.set_epoch
+    "Batches behind a progress bar, where somebody is watching; before each of them and at the end a signal is heeded."
+    def __init__(self, loader, stop, bar=False): self.loader, self.stop, self.bar, self.set_epoch = loader, stop, bar, loader.set_epoch
     def __len__(self): return len(self.loader)
     def __iter__(self):
         from fastprogress.core import IN_NOTEBOOK
-        if not (sys.stdout.isatty() or IN_NOTEBOOK): return iter(self.loader)
         from fastprogress.fastprogress import progress_bar
-        return iter(progress_bar(self.loader, leave=False))
+        shown = self.bar and (sys.stdout.isatty() or IN_NOTEBOOK)
+        for batch in progress_bar(self.loader, leave=False) if shown else self.loader:
+            self.stop.check()
+            yield batch
+        self.stop.check()
 
 # %% ../nbs/07_trainer.ipynb #RunResult
 @dataclass(frozen=True)
@@ -201,6 +223,7 @@ class RunResult:
 def _test(config, loaders, state, seconds):
     "Use the test images, once: the best validation epoch, or the last one where there was no validation."
     folder, best = Path(config.ckpt_dir), state.best_epoch
+    if best is not None and load_checkpoint(folder/'best.ckpt')['epoch']!=best + 1: raise RuntimeError(f'{folder/"best.ckpt"} is not of epoch {best}, the best: its file was lost on the way')
     model = load_model(folder/('last.ckpt' if best is None else 'best.ckpt')).to(config.device)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     metrics = evaluate(model, loaders[2], precision=config.precision)
@@ -216,39 +239,69 @@ def _test(config, loaders, state, seconds):
         machine=f'{machine_name(config.device)}, {torch.get_num_threads()} threads',
         versions=dict(python=platform.python_version(), resnet_cifar=resnet_cifar.__version__, **{name: importlib.metadata.version(name) for name in packages}))
 
-# %% ../nbs/07_trainer.ipynb #_find_run
+# %% ../nbs/07_trainer.ipynb #_changes
 _RUN_FILES = ('config.json', 'history.csv', 'last.ckpt', 'previous.ckpt', 'best.ckpt', 'curves.png', 'result.json')
-_FREE = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum') # these change no number
+_FREE = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum', 'tta', 'limit_test') # these change nothing that a run has computed
+_FIXED = ('model_name', 'width', 'optimizer', 'lr_scheduler')                                   # what a checkpoint holds is of these
+_BATCHES = ('batch_size', 'random_seed', 'valid_size', 'limit_train', 'image_sizes', 'transform') # an epoch that has begun is made of these
+_PLAN = ('lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'valid_size', 'limit_train')
 
 def _read_json(path):
     "A file of a run folder; a damaged one is a `ValueError` that names it."
     try: return json.loads(path.read_text())
     except (OSError, ValueError) as e: raise ValueError(f'{path} is missing or damaged ({type(e).__name__}): --overwrite starts the run anew') from None
 
-def _require_same(config, saved):
-    "Refuse to go on with other settings than a run was started with."
-    for name, value in dataclasses.asdict(config).items():
-        theirs = tuple(saved[name]) if isinstance(saved.get(name), list) else saved.get(name)
-        if name not in _FREE and theirs!=value:
-            raise ValueError(f'--{name} {value}: the run in {config.ckpt_dir} has {theirs}; give the same settings, another --ckpt_dir, or --overwrite')
+def _changes(config, saved):
+    "(name, value now, value then) of the settings that count and differ."
+    then = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    return [(name, value, then.get(name)) for name, value in dataclasses.asdict(config).items() if name not in _FREE and then.get(name)!=value]
 
+def _accept(config, saved, where):
+    "Refuse settings that contradict a checkpoint, list the others that changed; gives the lines."
+    changes, begun = _changes(config, saved['config']), saved['progress'] is not None
+    if saved['classes']!=list(CLASSES): raise ValueError(f'{where} is of other classes ({", ".join(saved["classes"][:3])}, …)')
+    for name, now, then in changes:
+        if name in _FIXED or begun and name in _BATCHES:
+            raise ValueError(f'--{name} {now}: the run in {where} has {then}' + (' and is within an epoch' if name not in _FIXED else '') + '; give the same, another --ckpt_dir, or --overwrite')
+    lines = [f'--{name} {now}: was {then} for the first {saved["epoch"]} epochs' for name, now, then in changes]
+    for line in lines: print(line)
+    return lines
+
+# %% ../nbs/07_trainer.ipynb #_find_run
 def _find_run(config, resume, overwrite):
     "What is there to go on with: (`RunResult` of a finished run or `None`, checkpoint or `None`)."
     folder = Path(config.ckpt_dir)
-    _require_writable('--ckpt_dir', folder)
-    if resume not in (None, 'auto'): raise ValueError(f'--resume {resume}: only auto is known so far, which goes on with the run in --ckpt_dir')
-    held = [] if overwrite else [name for name in _RUN_FILES if (folder/name).exists()]
-    if held and resume is None: raise FileExistsError(f'--ckpt_dir {folder} holds a run: --resume auto goes on with it, --overwrite starts anew')
-    if 'result.json' in held:
-        _require_same(config, _read_json(folder/'config.json'))
-        try: return RunResult(**_read_json(folder/'result.json')), None
-        except TypeError: raise ValueError(f'{folder/"result.json"} is of another version: --overwrite starts the run anew') from None
-    if 'last.ckpt' in held:
-        saved = load_checkpoint(folder/'last.ckpt')
-        _require_same(config, saved['config'])
-        return None, saved
-    if resume and not overwrite: print(f'--resume auto: there is no run in {folder}, starting one')
-    return None, None
+    held = [name for name in _RUN_FILES if (folder/name).exists()]
+    path = folder/'last.ckpt' if resume in (None, 'auto') else Path(resume)/'last.ckpt' if Path(resume).is_dir() else Path(resume)
+    here = path.parent.resolve()==folder.resolve()
+    if overwrite and (resume=='auto' or resume is None): return None, None
+    if overwrite and here: raise ValueError(f'--resume {resume}: --overwrite would remove what it goes on from')
+    if held and not overwrite and (resume is None or not here): raise FileExistsError(f'--ckpt_dir {folder} holds a run: --resume auto goes on with it, --overwrite starts anew')
+    if here and 'result.json' in held:
+        before = _read_json(folder/'config.json')
+        if config.num_epochs <= before.get('num_epochs', 0):
+            for name, now, then in _changes(config, before): print(f'--{name} {now}: the finished run has {then}')
+            try: return RunResult(**_read_json(folder/'result.json')), None
+            except TypeError: raise ValueError(f'{folder/"result.json"} is of another version: --overwrite starts the run anew') from None
+    if resume is None: return None, None
+    if resume=='auto' and not {'last.ckpt', 'previous.ckpt'} & set(held):
+        print(f'--resume auto: there is no run in {folder}, starting one')
+        return None, None
+    try: saved = load_checkpoint(path, set_aside=here)
+    except (FileNotFoundError, ValueError) as e: raise type(e)(f'--resume {resume}: {e}') from None
+    if missing := {'config', 'epoch', 'history', 'progress', 'optimizer', 'scheduler', 'callbacks', 'classes', 'best_epoch'} - saved.keys(): raise ValueError(f'--resume {resume}: {path} is of no run ({sorted(missing)[0]} is missing)')
+    if saved['optimizer'] is None: raise ValueError(f'--resume {resume}: a best.ckpt holds no optimizer to go on with; give the run folder or its last.ckpt')
+    return None, saved
+
+# %% ../nbs/07_trainer.ipynb #_take_best
+def _take_best(folder, resume, saved):
+    "Bring the best epoch's file along when a run goes on from another folder."
+    source, best = Path(resume) if Path(resume).is_dir() else Path(resume).parent, saved['best_epoch']
+    if best is None or source.resolve()==folder.resolve(): return
+    try: content = load_checkpoint(source/'best.ckpt')
+    except (FileNotFoundError, ValueError): content = dict(epoch=None)
+    if content['epoch']!=best + 1: raise ValueError(f'--resume {resume}: its best epoch so far, {best}, is in no best.ckpt beside it; copy that too')
+    save_checkpoint(folder/'best.ckpt', content)
 
 # %% ../nbs/07_trainer.ipynb #_sources
 def _sources():
@@ -270,49 +323,94 @@ def _determinism(wanted):
 def run(
     config:TrainConfig,      # what to compute
     *,
-    resume:str|None=None,    # 'auto': go on with the run in `config.ckpt_dir`, or start it
+    resume:str|None=None,    # 'auto': go on with the run in `config.ckpt_dir`, or start it; a checkpoint or run folder: go on from there, in `config.ckpt_dir`
     overwrite:bool=False,    # start anew in a folder that holds a run
     callbacks:Sequence=(),   # `Callback`s of your own; their state is saved with the run
-)->RunResult:
+)->RunResult|None:           # `None` where fewer epochs are asked for than are there
     "Train, choose the best epoch on the validation images, test it once, and leave a run folder. CIFAR-10 is fetched when missing."
     begin, config = time.monotonic(), resolve(config)
-    finished, saved = _find_run(config, resume, overwrite)
-    if finished is not None:
-        print(f'the run in {config.ckpt_dir} is finished; --overwrite starts it anew')
-        return finished
-    try: dataset = load_cifar10(config.root, config.skip_checksum)
-    except FileNotFoundError: dataset = load_cifar10(download_cifar10(config.root, skip_checksum=config.skip_checksum), config.skip_checksum)
-    with _determinism(config.deterministic):
-        loaders = make_loaders(config, dataset)
-        with torch.random.fork_rng(devices=[]): # the weights depend on the seed, and nobody else's draws do
-            torch.manual_seed(config.random_seed)
-            model = create_model(config.model_name, num_classes=len(CLASSES), width=config.width).to(config.device)
-        if config.channels_last: model = model.to(memory_format=torch.channels_last)
-        state, kept = new_state(model, config, len(loaders[0])), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
-        if saved is not None: restore(state, saved, kept)
-        earlier = sum(row['seconds'] for row in state.history)
-        _open_folder(config, fresh=saved is None)
-        describe(model, config, loaders, state.epoch)
-        _train(config, loaders, state, kept)
-        result = _test(config, loaders, state, lambda: time.monotonic() - begin + earlier)
-    _write_json(Path(config.ckpt_dir)/'result.json', dataclasses.asdict(result))
+    with _own_folder(config):
+        finished, saved = _find_run(config, resume, overwrite)
+        if finished is not None:
+            print(f'the run in {config.ckpt_dir} is finished; --overwrite starts it anew')
+            return finished
+        changed = [] if saved is None else _accept(config, saved, config.ckpt_dir if resume=='auto' else resume)
+        if saved is not None and config.num_epochs < saved['epoch']:
+            return print(f'the run in {config.ckpt_dir} has {saved["epoch"]} finished epochs, --num_epochs {config.num_epochs} asks for no more')
+        try: dataset = load_cifar10(config.root, config.skip_checksum)
+        except FileNotFoundError: dataset = load_cifar10(download_cifar10(config.root, skip_checksum=config.skip_checksum), config.skip_checksum)
+        with _determinism(config.deterministic):
+            loaders = make_loaders(config, dataset)
+            state, kept = _new_run(config, len(loaders[0]), callbacks)
+            if saved is not None:
+                restore(state, saved, kept, _position(config, saved, len(loaders[0])))
+            earlier = sum(row['seconds'] for row in state.history) + (state.progress.seconds if state.progress else 0)
+            _open_folder(config, saved, changed)
+            if saved is not None: _take_best(Path(config.ckpt_dir), config.ckpt_dir if resume=='auto' else resume, saved)
+            describe(state.model, config, loaders, state.epoch, len(state.progress.losses) if state.progress else 0)
+            result = _train_and_test(config, loaders, state, kept, lambda: time.monotonic() - begin + earlier)
+        _write_json(Path(config.ckpt_dir)/'result.json', dataclasses.asdict(result))
     return result
 
-# %% ../nbs/07_trainer.ipynb #_train
-def _open_folder(config, fresh):
-    "Make the run folder; a new run removes an old one's files, now that it can begin, and writes its settings."
+# %% ../nbs/07_trainer.ipynb #_own_folder
+@contextlib.contextmanager
+def _own_folder(config):
+    "Have the run folder for this process alone; one that was made for a run that could not begin is removed."
     folder = Path(config.ckpt_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not fresh: return
-    for name in _RUN_FILES: (folder/name).unlink(missing_ok=True)
-    _write_json(folder/'config.json', dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=_sources()))
+    _require_writable('--ckpt_dir', folder)
+    made = next((p for p in [*reversed(folder.absolute().parents), folder.absolute()] if not p.exists()), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder/'.lock').touch()
+    except OSError as e: raise PermissionError(f'--ckpt_dir {folder}: cannot be made or written ({e.strerror}); give another folder') from None
+    def busy(pid): raise FileExistsError(f'--ckpt_dir {folder}: process {pid} is training there; wait for it, or give another folder')
+    try:
+        with locked(folder/'.lock', busy): yield
+    finally:
+        for path in [folder.absolute(), *folder.absolute().parents] if made else []: # from the inside out, as long as they are empty
+            with contextlib.suppress(OSError): path.rmdir()
+            if path.exists() or path==made: break
 
-def _train(config, loaders, state, kept):
-    "Fit with the run's own callbacks; Ctrl-C says what is saved."
+def _open_folder(config, saved, changed):
+    "Make room in the folder now that the run can begin: an old run's files go, and what killed processes left; the settings are written."
     folder = Path(config.ckpt_dir)
-    try: fit(state.model, _Watched(loaders[0]), loaders[1], config, [*kept, Checkpointer(folder, config, kept), RunFolder(folder, config)], state)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'stopped; {folder} holds {state.epoch} finished epochs, --resume auto goes on' if state.epoch else 'stopped before the end of epoch 0') from None
+    for name in _RUN_FILES if saved is None else ('result.json',): (folder/name).unlink(missing_ok=True)
+    for path in folder.glob('.*.tmp*'): path.unlink()
+    before = _read_json(folder/'config.json') if (folder/'config.json').exists() else {}
+    settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources()))
+    _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
+
+def _new_run(config, steps_per_epoch, callbacks):
+    "(`TrainState` of a run before its first step, callbacks whose state is saved)."
+    with torch.random.fork_rng(devices=[]): # the weights depend on the seed, and nobody else's draws do
+        torch.manual_seed(config.random_seed)
+        model = create_model(config.model_name, num_classes=len(CLASSES), width=config.width).to(config.device)
+    if config.channels_last: model = model.to(memory_format=torch.channels_last)
+    return new_state(model, config, steps_per_epoch), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
+
+def _position(config, saved, steps_per_epoch):
+    "Where in a new schedule the run is, if the settings that make the schedule have changed; else `None`."
+    if not any(name in _PLAN for name, _, _ in _changes(config, saved['config'])): return None
+    return saved['epoch']*steps_per_epoch + len(saved['progress']['counts'] if saved['progress'] else []) if config.lr_scheduler in BY_BATCH else saved['epoch']
+
+# %% ../nbs/07_trainer.ipynb #_train_and_test
+def _train_and_test(config, loaders, state, kept, seconds):
+    "Fit with the run's own callbacks, then test. A signal saves and stops; running out of memory says what to try."
+    folder, stop = Path(config.ckpt_dir), _Stop()
+    train, valid, test = (None if loader is None else _Watched(loader, stop, bar) for loader, bar in zip(loaders, (True, False, False)))
+    saving = Checkpointer(folder, config, kept)
+    try:
+        with on_signal(stop):
+            fit(state.model, train, valid, config, [*kept, saving, RunFolder(folder, config)], state)
+            return _test(config, (train, valid, test), state, seconds)
+    except BaseException as e:
+        if stop.between_steps and state.epoch < config.num_epochs: saving.save(state)
+        if stop.number is None and not isinstance(e, KeyboardInterrupt): # else: what goes wrong after a signal (in a compiler, in a background process) is its doing
+            if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+                raise MemoryError(f'out of memory with --batch_size {config.batch_size}: try --batch_size {max(1, config.batch_size//2)}') from None
+            raise
+        steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None else ''
+        raise Stopped(stop.number or signal.SIGINT, f'stopped; {folder} holds {state.epoch} finished epochs{steps}: --resume auto goes on') from None
 
 # %% ../nbs/07_trainer.ipynb #command_of
 def command_of(
@@ -354,6 +452,7 @@ def write_record(
 )->Path:                # the record, named after the run folder
     "Settings, history and result in one JSON, with commit and sources' checksum, without paths or host names."
     folder = Path(config.ckpt_dir)
+    if _read_json(folder/'config.json').get('changed'): raise ValueError(f'--record: settings of the run in {folder} were changed on the way, so no command gives it again')
     settings = {k: v for k, v in _read_json(folder/'config.json').items() if k not in ('root', 'ckpt_dir', 'sources')}
     path = checkout['runs']/f'{folder.name}.json'
     path.parent.mkdir(exist_ok=True)

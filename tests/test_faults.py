@@ -1,0 +1,400 @@
+"Nothing is lost: killed, stopped, out of room, out of memory, with damaged files and two at once. `FAULT_ROUNDS=100` (make faults) is the long version."
+import csv
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from conftest import ROOT
+from resnet_cifar import trainer
+from resnet_cifar.checkpoint import _sealed, load_checkpoint, save_pretrained
+from resnet_cifar.cli import main
+from resnet_cifar.config import TrainConfig
+from resnet_cifar.data import sample_cifar10
+from resnet_cifar.fetch import read_cifar10, verify_cifar10
+from resnet_cifar.models import create_model
+from resnet_cifar.training import Callback
+
+FAULTY = [sys.executable, str(ROOT/'tests'/'faulty.py')]
+ENV = os.environ | dict(OMP_NUM_THREADS='2')
+
+
+# ---------------------------------------------------------------- killed and stopped
+
+def test_kill_9_at_any_instant():
+    "Every round goes on; at the end the bits are those of the run that was never stopped. At least 3 in 10 kills hit a checkpoint that is being written."
+    rounds = int(os.environ.get('FAULT_ROUNDS', 15))
+    done = subprocess.run([*FAULTY, 'kill', str(rounds), '0'], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode==0, done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    print(counts)
+    assert counts['kills']==rounds and counts['runs']==counts['equal'] >= 1 and counts['while_saving'] >= 0.3*rounds, counts
+
+
+def words(root, folder, **settings):
+    settings = dict(root=root, ckpt_dir=folder, width=8, batch_size=64, num_epochs=3, limit_train=2560, limit_test=500, valid_size=500, num_workers=0, lr=0.01) | settings
+    return ['train', '--transform', *[w for name, value in settings.items() for w in ((f'--{name}', str(value)) if value is not True else (f'--{name}',))]]
+
+
+def outcome(folder):
+    history = [{k: v for k, v in row.items() if k!='seconds'} for row in csv.DictReader(open(folder/'history.csv'))]
+    return history, json.loads((folder/'result.json').read_text())['state_digest']
+
+
+def program(*argv, code=0, **kwargs):
+    done = subprocess.run([sys.executable, '-m', 'resnet_cifar', *argv], capture_output=True, text=True, env=ENV, **kwargs)
+    assert done.returncode==code, f'{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
+    return done
+
+
+def start(argv, until):
+    "A program that has printed a line which begins so."
+    process = subprocess.Popen([sys.executable, '-m', 'resnet_cifar', *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith(until): return process
+    raise AssertionError(process.stderr.read())
+
+
+def session_is_empty(session):
+    "Whether every process that the program started is gone."
+    listed = subprocess.run(['ps', '-o', 'stat=', '--sid', str(session)], capture_output=True, text=True).stdout.split()
+    return not [state for state in listed if not state.startswith('Z')]
+
+
+@pytest.mark.parametrize('number, until, wait, settings', [
+    (signal.SIGTERM, 'epoch   0', 0.4, dict(num_workers=2)),
+    (signal.SIGINT, 'epoch   0', 0.5, dict(ema_decay=0.9, optimizer='SGD', lr_scheduler='OneCycleLR')),
+    (signal.SIGTERM, 'expected', 2, dict(compile=True, width=4)),     # while compiling
+    (signal.SIGINT, 'epoch   1', 0, dict(num_workers=2, valid_size=5000, compile=False)), # just after an epoch
+], ids=['term-workers', 'int-ema', 'term-compiling', 'int-between'])
+def test_signal_saves_and_the_run_goes_on(cifar10_root, tmp_path, number, until, wait, settings):
+    settings = {k: v for k, v in settings.items() if v is not False}
+    program(*words(cifar10_root, tmp_path/'whole', **settings))
+    process = start(words(cifar10_root, tmp_path/'stopped', **settings), until)
+    time.sleep(wait)
+    os.killpg(process.pid, number) # as a terminal or a batch system does: workers and compilers get it too
+    out, err = process.communicate(timeout=300)
+    assert process.returncode==128 + number, (process.returncode, err)
+    assert 'Traceback' not in err and re.search(r'^stopped; \S+ holds \d finished epochs', err, re.M), err
+    assert session_is_empty(process.pid)
+    assert load_checkpoint(tmp_path/'stopped'/'last.ckpt')['epoch'] < 3
+    again = program(*words(cifar10_root, tmp_path/'stopped', **settings), '--resume', 'auto')
+    assert outcome(tmp_path/'stopped')==outcome(tmp_path/'whole')
+    if 'OneCycleLR' in settings.values(): assert re.search(r'going on after \d finished epochs and \d+ steps', again.stdout) # within an epoch
+    assert sorted(p.name for p in (tmp_path/'stopped').iterdir())==sorted(p.name for p in (tmp_path/'whole').iterdir())
+
+
+def test_second_signal_stops_at_once(cifar10_root, tmp_path):
+    process = start(words(cifar10_root, tmp_path/'run', compile=True, num_workers=2), 'expected')
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode==143 and 'Traceback' not in err
+    for _ in range(100): # a background process looks after its parent every five seconds
+        if session_is_empty(process.pid): break
+        time.sleep(0.1)
+    assert session_is_empty(process.pid)
+
+
+def test_lock_one_run_a_folder(cifar10_root, tmp_path):
+    argv = words(cifar10_root, tmp_path/'run', num_workers=2, num_epochs=50)
+    first = start(argv, 'epoch   0')
+    try:
+        second = program(*argv, '--resume', 'auto', code=2)
+        assert f'process {first.pid} is training there' in second.stderr and second.stderr.count('\n')==1
+        assert first.poll() is None
+    finally: first.kill()
+    first.communicate()
+    third = start([*argv, '--resume', 'auto'], 'epoch') # at once, although the killed run's background processes may still live
+    third.send_signal(signal.SIGINT)
+    third.communicate()
+    assert third.returncode==130
+
+
+# ---------------------------------------------------------------- no room, no memory, no number
+
+def limited(size):
+    "For `preexec_fn`: no file may become larger."
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_full_disk_while_saving(cifar10_root, tmp_path):
+    "The first file fits, the later ones, with the optimizer's memory, do not: the first one stays as it was, and the run can go on when there is room."
+    settings = dict(optimizer='AdamW', num_epochs=2, ema_decay=0)
+    program(*words(cifar10_root, tmp_path/'whole', **settings))
+    size = (tmp_path/'whole'/'last.ckpt').stat().st_size
+    done = program(*words(cifar10_root, tmp_path/'full', **settings), code=1, preexec_fn=limited(size//2))
+    assert done.stderr.count('\n')==1 and re.search(r'could not be saved \(File too large\): \d+\.\d MB are needed, \d+\.\d MB are free; the files that were there are as before', done.stderr), done.stderr
+    assert load_checkpoint(tmp_path/'full'/'last.ckpt')['epoch']==0
+    assert not list((tmp_path/'full').glob('.*tmp*'))
+    program(*words(cifar10_root, tmp_path/'full', **settings), '--resume', 'auto')
+    assert outcome(tmp_path/'full')==outcome(tmp_path/'whole')
+    done = program(*words(cifar10_root, tmp_path/'none', **settings), code=1, preexec_fn=limited(10_000)) # not even the first file
+    assert done.stderr.count('\n')==1 and 'MB are needed' in done.stderr and 'epoch   0' not in done.stdout
+
+
+def test_full_small_disk(cifar10_root, tmp_path):
+    "A disk of two megabytes, where this machine lets us mount one: the lack of room is told before the first epoch."
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk], capture_output=True).returncode: return # the test above limits the size of files instead
+    try:
+        done = program(*words(cifar10_root, disk/'run', width=16), code=1)
+        assert done.stderr.count('\n')==1 and 'MB' in done.stderr and 'epoch   0' not in done.stdout, done.stderr
+    finally: subprocess.run(['umount', disk], check=True)
+
+
+def test_folder_that_cannot_be_made(cifar10_root):
+    done = program(*words(cifar10_root, '/proc/run'), code=2)
+    assert done.stderr.startswith('error: --ckpt_dir /proc/run: ') and done.stderr.count('\n')==1
+
+
+def test_not_finite_stops_before_the_step(cifar10_root, tmp_path):
+    done = program(*words(cifar10_root, tmp_path/'run', lr=1e30, optimizer='SGD', lr_scheduler='none'), code=1)
+    assert done.stderr.count('\n')==1 and re.search(r'not finite in epoch 0, step \d+, at learning rate 1e\+30: try a lower --lr', done.stderr), done.stderr
+    content = load_checkpoint(tmp_path/'run'/'last.ckpt') # from before the first step; loading refuses what is not finite
+    assert content['epoch']==0 and content['progress'] is None
+
+
+def small(folder, **settings):
+    return TrainConfig(**dict(ckpt_dir=str(folder), width=4, batch_size=50, num_epochs=2, valid_size=100, limit_train=200, limit_test=50, num_workers=0, precision='fp32') | settings)
+
+
+def test_out_of_memory(tmp_path, monkeypatch, capsys):
+    class Greedy(Callback):
+        def after_step(self, state): torch.empty(1 << 60, dtype=torch.uint8) # a real refusal of the allocator
+    monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
+    with pytest.raises(MemoryError, match='out of memory with --batch_size 50: try --batch_size 25'): trainer.run(small(tmp_path/'run'), callbacks=[Greedy()])
+
+
+def test_damaged_last_falls_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
+    whole = trainer.run(small(tmp_path/'whole', num_epochs=3))
+
+    class Stop(Callback):
+        def after_step(self, state):
+            if state.epoch==2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): trainer.run(small(tmp_path/'run', num_epochs=3), callbacks=[Stop()])
+    raw = bytearray((tmp_path/'run'/'last.ckpt').read_bytes())
+    raw[len(raw)//2] ^= 1
+    (tmp_path/'run'/'last.ckpt').write_bytes(raw)
+    capsys.readouterr()
+    resumed = trainer.run(small(tmp_path/'run', num_epochs=3), resume='auto')
+    said = capsys.readouterr().out
+    assert 'last.ckpt is damaged: its SHA-256' in said and 'going on with' in said and 'after 1 finished epochs' in said
+    assert resumed.state_digest==whole.state_digest and (tmp_path/'run'/'last.ckpt.damaged').exists()
+
+
+# ---------------------------------------------------------------- files
+
+class Bomb:
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return open, (self.mark, 'w')
+
+
+def bad_files(folder):
+    "name -> what writes it. Every one of them is given to each command that reads a checkpoint."
+    good, mark = dict(format=2, model=create_model('resnet20', width=2).state_dict()), str(folder/'exploded')
+    def torch_save(content, **kwargs):
+        buffer = io.BytesIO()
+        torch.save(content, buffer, **kwargs)
+        return buffer.getvalue()
+    sealed, weights = _sealed(good).getvalue(), torch_save(good['model'])
+    save_file(good['model'], folder/'good.safetensors')
+    safe = (folder/'good.safetensors').read_bytes()
+    (folder/'good.safetensors').unlink()
+    huge = json.dumps(dict(architecture=dict(block='BasicBlock', layers=[10**9]*3, num_classes=10, width=16, shortcut='A', stem='cifar'), classes=list('abcdefghij'), mean=[0, 0, 0], std=[1, 1, 1], image_size=32))
+    noted = len(h := json.dumps({'__metadata__': {'resnet_cifar': huge}, 'x': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}}).encode()).to_bytes(8, 'little') + h + bytes(4)
+    flipped = bytearray(sealed)
+    flipped[len(flipped)//3] ^= 16
+    return {
+        'empty.ckpt': b'', 'text.ckpt': b'these are no weights', 'photo.ckpt': b'\xff\xd8\xff\xe0\x00\x10JFIF' + bytes(999), 'zip.ckpt': b'PK\x05\x06' + bytes(18),
+        'half.ckpt': sealed[:len(sealed)//2], 'almost.ckpt': sealed[:-1], 'more.ckpt': sealed + b'x', 'flipped.ckpt': bytes(flipped), 'head.ckpt': sealed[:100], 'unsealed.ckpt': torch_save(good),
+        'future.ckpt': _sealed(good | dict(format=99)).getvalue(), 'nan.ckpt': _sealed(dict(format=2, model=dict(w=torch.tensor(float('nan'))))).getvalue(),
+        'list.ckpt': _sealed([good]).getvalue(), 'no_facts.ckpt': sealed, 'halfweights.pth': weights[:-100],
+        'bomb_top.ckpt': torch_save(Bomb(mark)), 'bomb_nested.ckpt': torch_save(dict(good, x=[dict(y=Bomb(mark))])), 'bomb_old.ckpt': torch_save(Bomb(mark), _use_new_zipfile_serialization=False),
+        'bomb_sealed.ckpt': _sealed(dict(good, x=Bomb(mark))).getvalue(), 'bomb_pickle.ckpt': pickle.dumps(Bomb(mark)),
+        'empty.safetensors': b'', 'photo.safetensors': b'\xff\xd8\xff\xe0\x00\x10JFIF' + bytes(999), 'half.safetensors': safe[:len(safe)//2], 'header.safetensors': b'\xff'*8 + b'{' + bytes(99),
+        'brace.safetensors': (50).to_bytes(8, 'little') + b'{' + bytes(49), 'hostile.safetensors': noted, 'text.safetensors': b'these are no weights'}
+
+
+@pytest.mark.parametrize('reader', ['evaluate --ckpt', 'export --ckpt', 'train --ckpt_dir new --resume'])
+def test_bad_files_and_bombs(tmp_path, monkeypatch, capsys, reader):
+    files = bad_files(tmp_path)
+    assert len(files) >= 20
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
+    for name, raw in files.items():
+        (tmp_path/name).write_bytes(raw)
+        code = main([*reader.split(), name])
+        err = capsys.readouterr().err
+        assert (code, err.count('\n'), err.startswith('error: '))==(2, 1, True) and name in err and len(err) < 600, f'{name}: {code}\n{err}'
+    assert sorted(p.name for p in tmp_path.iterdir())==sorted(files) # nothing exploded, nothing was written
+
+
+def test_resume_from_best_and_from_a_folder_without_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
+    trainer.run(small('run'))
+    save_pretrained(create_model('resnet20', width=2), 'pretrained')
+    flags = 'train --width 4 --batch_size 50 --num_epochs 3 --valid_size 100 --limit_train 200 --limit_test 50 --num_workers 0 --precision fp32 --ckpt_dir new'.split()
+    for path, said in (('run/best.ckpt', 'holds no optimizer'), ('pretrained', 'pretrained/last.ckpt: no such file'), ('nowhere', 'nowhere: no such file')):
+        assert main([*flags, '--resume', path])==2
+        assert said in capsys.readouterr().err
+        assert not Path('new').exists()
+    assert main([*flags, '--resume', 'run', '--overwrite'])==0
+    assert 'going on after 2 finished epochs' in capsys.readouterr().out
+    assert main([*flags[:-1], 'run', '--resume', 'run', '--overwrite'])==2
+    assert '--overwrite would remove what it goes on from' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- downloads
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    "Serves `content`, in pieces with pauses; what was asked for is noted."
+    content, asked, pause = b'', [], 0.0
+    def do_GET(self):
+        start = int(re.findall(r'\d+', self.headers.get('Range', '0'))[0])
+        self.asked.append(start)
+        self.send_response(206 if start else 200)
+        if start: self.send_header('Content-Range', f'bytes {start}-{len(self.content) - 1}/{len(self.content)}')
+        self.send_header('Content-Length', str(len(self.content) - start))
+        self.end_headers()
+        try:
+            for i in range(start, len(self.content), 1 << 20):
+                self.wfile.write(self.content[i:i + (1 << 20)])
+                time.sleep(self.pause)
+        except OSError: pass # the other side was killed
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope='module')
+def archive(cifar10_root, tmp_path_factory):
+    "The real pictures in the official form, packed here and therefore with a checksum of its own."
+    arrays, path = read_cifar10(cifar10_root), tmp_path_factory.mktemp('archive')/'cifar.tar'
+    rows = {part: np.ascontiguousarray(arrays[f'{part}_images'].transpose(0, 3, 1, 2)).reshape(-1, 3072) for part in ('train', 'test')}
+    parts = {f'data_batch_{i + 1}': ('train', slice(i*10000, (i + 1)*10000)) for i in range(5)} | {'test_batch': ('test', slice(None))}
+    with tarfile.open(path, 'w') as tar:
+        for name, (part, places) in parts.items():
+            content = pickle.dumps({b'data': rows[part][places], b'labels': arrays[f'{part}_labels'][places].tolist()}, protocol=3)
+            info = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def server(archive):
+    Slow.content, Slow.asked, Slow.pause = archive, [], 0.02
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}/cifar.tar'
+    server.shutdown()
+    server.server_close()
+
+
+def download(url, archive, root, **kwargs):
+    "The command, told that our archive is the official one."
+    code = f'''
+import sys
+from resnet_cifar import fetch
+fetch._ARCHIVES['https'] = ({len(archive)}, 'md5', '{hashlib.md5(archive).hexdigest()}')
+fetch._fetch_url.__defaults__ = (False, 2)
+sys.exit(fetch.main(['--source', {url!r}, '--root', {str(root)!r}]))'''
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def part_of(root): return root/'cifar-10-python.tar.gz.part'
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_download_goes_on(server, archive, tmp_path, number):
+    process = download(server, archive, tmp_path)
+    wait_for(lambda: part_of(tmp_path).exists() and part_of(tmp_path).stat().st_size > 20_000_000)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode==(-9 if number==signal.SIGKILL else 128 + number) and 'Traceback' not in err, err
+    have = part_of(tmp_path).stat().st_size
+    assert 20_000_000 < have < len(archive)
+    Slow.pause = 0
+    process = download(server, archive, tmp_path)
+    out, err = process.communicate()
+    assert process.returncode==0 and f'going on after {have/1e6:.0f} MB' in out, err
+    assert Slow.asked==[0, have]
+    verify_cifar10(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} - {p.name for p in tmp_path.glob('download-*')}=={'cifar10.npz'} # (an empty folder of the killed one may stay)
+
+
+def test_two_downloads_wait_for_each_other(server, archive, tmp_path):
+    first = download(server, archive, tmp_path)
+    wait_for(lambda: part_of(tmp_path).exists())
+    second = download(server, archive, tmp_path)
+    (_, err1), (out2, err2) = first.communicate(), second.communicate()
+    assert (first.returncode, second.returncode)==(0, 0), err1 + err2
+    assert f'process {first.pid} is fetching into' in out2 and Slow.asked==[0] # the second one found what the first had brought
+    assert [p.name for p in tmp_path.iterdir()]==['cifar10.npz']
+
+
+def test_killed_download_leaves_no_lock(server, archive, tmp_path):
+    first = download(server, archive, tmp_path)
+    wait_for(lambda: part_of(tmp_path).exists())
+    second = download(server, archive, tmp_path)
+    wait_for(lambda: 'is fetching' in second.stdout.readline())
+    first.kill()
+    first.communicate()
+    Slow.pause = 0
+    _, err = second.communicate()
+    assert second.returncode==0, err
+    verify_cifar10(tmp_path)
+
+
+def test_full_disk_while_downloading(server, archive, tmp_path):
+    Slow.pause = 0
+    done = download(server, archive, tmp_path, preexec_fn=limited(30_000_000))
+    _, err = done.communicate()
+    assert done.returncode==1 and err.count('\n')==1 and 'File too large' in err, err
+    assert part_of(tmp_path).stat().st_size==30_000_000 and not (tmp_path/'cifar10.npz').exists()
+    done = download(server, archive, tmp_path)
+    _, err = done.communicate()
+    assert done.returncode==0 and Slow.asked==[0, 30_000_000], err
+
+
+def test_stalling_server(server, archive, tmp_path):
+    Slow.pause = 1000
+    done = download(server, archive, tmp_path)
+    _, err = done.communicate(timeout=60)
+    assert done.returncode==1 and err.count('\n')==1 and 'timed out' in err, err
+
+
+def test_read_only_folder_with_good_data(cifar10_root, tmp_path):
+    (tmp_path/'cifar10.npz').symlink_to(cifar10_root/'cifar10.npz')
+    tmp_path.chmod(0o555)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    try: assert subprocess.run([sys.executable, '-m', 'resnet_cifar', 'download', '--root', tmp_path], capture_output=True).returncode==0
+    finally: tmp_path.chmod(0o755)
+    assert sorted(p.name for p in tmp_path.iterdir())==before
