@@ -58,8 +58,8 @@ def train_step(
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
     optimizer.zero_grad()
     loss.backward()
-    steepest = torch.nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None], math.inf)
-    loss = torch.where(steepest.isfinite(), loss.detach(), math.nan)
+    norm = torch.nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]) # overflows at 1e19, far past hope
+    loss = torch.where(norm.isfinite(), loss.detach(), math.nan)
     if loss.device.type=='cpu': _require_finite([loss]) # a GPU is asked now and then, see `train_epoch`
     optimizer.step()
     return loss, (logits.argmax(1)==targets).sum()
