@@ -1,9 +1,13 @@
 "Shared by the tests: a folder with the real CIFAR-10, the command as a program, and no silent skips in CI."
+import io
 import os
+import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from run_notebooks import NO_WARNINGS
@@ -16,6 +20,18 @@ def cifar10_root():
     "The folder `make train` uses; fetched when missing."
     from resnet_cifar.fetch import download_cifar10
     return download_cifar10(ROOT/'data'/'datasets')
+
+
+def pack_batches(arrays, path, mode, **options):
+    "The arrays of `read_cifar10` as an archive in the official form."
+    rows = {part: np.ascontiguousarray(arrays[f'{part}_images'].transpose(0, 3, 1, 2)).reshape(-1, 3072) for part in ('train', 'test')}
+    parts = {f'data_batch_{i + 1}': ('train', slice(i*10000, (i + 1)*10000)) for i in range(5)} | {'test_batch': ('test', slice(None))}
+    with tarfile.open(path, mode, **options) as tar:
+        for name, (part, places) in parts.items():
+            content = pickle.dumps({b'data': rows[part][places], b'labels': arrays[f'{part}_labels'][places].tolist()}, protocol=3)
+            info = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 @pytest.fixture

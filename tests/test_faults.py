@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import ROOT
+from conftest import ROOT, pack_batches
 from resnet_cifar import trainer
 from resnet_cifar.checkpoint import _sealed, load_checkpoint, save_pretrained
 from resnet_cifar.cli import main
@@ -266,6 +266,51 @@ def test_resume_from_best_and_from_a_folder_without_a_run(tmp_path, monkeypatch,
     assert '--overwrite would remove what it goes on from' in capsys.readouterr().err
 
 
+def bad_data():
+    "name -> bytes of a cifar10.npz that is not CIFAR-10."
+    shapes = dict(train_images=(50000, 32, 32, 3), train_labels=(50000,), test_images=(10000, 32, 32, 3), test_labels=(10000,))
+    black = {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
+    def npz(arrays):
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+    whole = npz(black)
+    return {'black': whole, 'empty': b'', 'text': b'no pictures', 'half': whole[:len(whole)//2], 'missing': npz({k: v for k, v in black.items() if k!='test_labels'}),
+            'shape': npz(black | dict(train_images=np.zeros((50000, 3072), np.uint8))), 'type': npz(black | dict(test_labels=np.zeros(10000, np.int64))),
+            'label': npz(black | dict(train_labels=np.full(50000, 10, np.uint8))), 'swapped': npz(black | dict(train_labels=black['test_labels'], test_labels=black['train_labels'])),
+            'object': npz(dict(train_images=np.array([{}], dtype=object)))}
+
+
+def test_bad_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, raw in bad_data().items():
+        (tmp_path/name).mkdir()
+        (tmp_path/name/'cifar10.npz').write_bytes(raw)
+        code = main(['train', '--root', name, '--ckpt_dir', 'new'])
+        err = capsys.readouterr().err
+        assert (code, err.count('\n'))==(2, 1) and f'{name}/cifar10.npz' in err and not Path('new').exists(), err
+
+
+def hostile_archives():
+    "name -> the member that stands where the first batch should be."
+    member = lambda **fields: (lambda info: [setattr(info, k, v) for k, v in fields.items()] and info)(tarfile.TarInfo('cifar-10-batches-py/data_batch_1'))
+    return dict(link=member(type=tarfile.SYMTYPE, linkname='/etc/passwd'), hardlink=member(type=tarfile.LNKTYPE, linkname='../../../etc/passwd'), device=member(type=tarfile.CHRTYPE, devmajor=1, devminor=5),
+                fifo=member(type=tarfile.FIFOTYPE), folder=member(type=tarfile.DIRTYPE), bomb=member(size=10**12))
+
+
+def test_hostile_archives(tmp_path, monkeypatch, capsys):
+    "Links, devices and giants are refused, members that point outside are never looked at, and nothing is written."
+    monkeypatch.chdir(tmp_path)
+    for name, info in hostile_archives().items():
+        outside, last = tarfile.TarInfo('../../outside'), tarfile.TarInfo('cifar-10-batches-py/test_batch')
+        with tarfile.open(f'{name}.tar', 'w') as tar:
+            for each in (outside, last, info): tar.fileobj.write(each.tobuf()) # headers alone
+        code = main(['download', '--root', 'new', '--archive', f'{name}.tar', '--skip_checksum'])
+        err = capsys.readouterr().err
+        assert (code, err.count('\n'))==(2, 1) and f'{name}.tar' in err, err
+    assert sorted(p.name for p in tmp_path.iterdir())==sorted(f'{name}.tar' for name in hostile_archives())
+
+
 # ---------------------------------------------------------------- downloads
 
 class Slow(http.server.BaseHTTPRequestHandler):
@@ -289,15 +334,8 @@ class Slow(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope='module')
 def archive(cifar10_root, tmp_path_factory):
     "The real pictures in the official form, packed here and therefore with a checksum of its own."
-    arrays, path = read_cifar10(cifar10_root), tmp_path_factory.mktemp('archive')/'cifar.tar'
-    rows = {part: np.ascontiguousarray(arrays[f'{part}_images'].transpose(0, 3, 1, 2)).reshape(-1, 3072) for part in ('train', 'test')}
-    parts = {f'data_batch_{i + 1}': ('train', slice(i*10000, (i + 1)*10000)) for i in range(5)} | {'test_batch': ('test', slice(None))}
-    with tarfile.open(path, 'w') as tar:
-        for name, (part, places) in parts.items():
-            content = pickle.dumps({b'data': rows[part][places], b'labels': arrays[f'{part}_labels'][places].tolist()}, protocol=3)
-            info = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    path = tmp_path_factory.mktemp('archive')/'cifar.tar'
+    pack_batches(read_cifar10(cifar10_root), path, 'w')
     return path.read_bytes()
 
 

@@ -1,14 +1,12 @@
 "The main job on the real CIFAR-10, as whole programs."
 import csv
 import json
-import pickle
 import shlex
 import tarfile
-import io
 
-import numpy as np
 import pytest
 
+from conftest import pack_batches
 from resnet_cifar.fetch import DIGESTS, _check, _read_archive, download_cifar10, read_cifar10, verify_cifar10
 
 SPECIFICATION = '''resnet_cifar.trainer --batch_size 32 --num_workers 1 --num_epochs 20 --lr 0.001 --optimizer AdamW --lr_scheduler CosineAnnealingLR --t_max 10
@@ -30,14 +28,7 @@ def test_nothing_is_written_or_fetched_when_the_data_are_there(cifar10_root, mon
 def test_official_archive_and_torchvision_folder(cifar10_root, tmp_path):
     "The real pixels in the official form, made here: both ways of reading it must give the published checksums."
     arrays, archive = read_cifar10(cifar10_root), tmp_path/'cifar-10-python.tar.gz'
-    rows = {part: np.ascontiguousarray(arrays[f'{part}_images'].transpose(0, 3, 1, 2)).reshape(-1, 3072) for part in ('train', 'test')}
-    parts = {f'data_batch_{i + 1}': ('train', slice(i*10000, (i + 1)*10000)) for i in range(5)} | {'test_batch': ('test', slice(None))}
-    with tarfile.open(archive, 'w:gz', compresslevel=1) as tar:
-        for name, (part, places) in parts.items():
-            content = pickle.dumps({b'data': rows[part][places], b'labels': arrays[f'{part}_labels'][places].tolist()}, protocol=3)
-            info = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    pack_batches(arrays, archive, 'w:gz', compresslevel=1)
     with pytest.raises(ValueError, match='the official archive'): download_cifar10(tmp_path/'from_archive', archive=archive) # not the published bytes
     _check(_read_archive(archive, skip_checksum=True), archive)
     (tmp_path/'folder').mkdir()
