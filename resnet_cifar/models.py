@@ -258,7 +258,8 @@ def summary(
     hooks = [hook for m in parts for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
         with FlopCounterMode(display=False, depth=2) as counter, torch.enable_grad(), kept:
-            torch.func.functional_call(model.eval(), weights, torch.empty(1, 3, image_size, image_size, device='meta'))
+            torch.func.functional_call(model.eval(), weights, # in training mode batch norm refuses one image with a map of 1x1; what is kept is the same
+                                        torch.empty(1, 3, image_size, image_size, device='meta'))
     finally:
         for m, training in modes: m.training = training
         for hook in hooks: hook.remove()
