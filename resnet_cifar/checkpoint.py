@@ -21,7 +21,6 @@ import platform
 import shutil
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from torch import nn
 import resnet_cifar
 from .config import TrainConfig
 from .data import CIFAR10_MEAN, CIFAR10_STD, CLASSES
-from .models import ResNet, _decode, _differences, _likely_architectures, describe_architecture, from_architecture, load_weights, read_file, state_dict_of
+from .models import _SEAL, ResNet, _differences, _likely_architectures, describe_architecture, from_architecture, load_weights, read_file, state_dict_of
 from .training import Callback, Progress, TrainState
 
 # %% ../nbs/06_checkpoint.ipynb #_also_called
@@ -73,8 +72,6 @@ def replacing(
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/06_checkpoint.ipynb #_sealed
-_SEAL = b'resnet_cifar sha256 ' # and 64 hexadecimal digits: the comment of the zip archive
-
 def _sealed(content):
     "What `torch.save` writes, with the SHA-256 of all of it as the zip archive's comment."
     buffer = io.BytesIO()
@@ -85,23 +82,19 @@ def _sealed(content):
     buffer.write(digest.encode())
     return buffer
 
-def _unsealed(raw, where):
-    "The content of a sealed file; a single wrong bit is a `ValueError`."
-    if raw[-64 - len(_SEAL):-64]!=_SEAL: raise ValueError(f'{where} is damaged or no checkpoint of resnet_cifar: there is no checksum at its end')
-    if hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode()!=raw[-64:]: raise ValueError(f'{where} is damaged: its SHA-256 is not the one written at its end')
-    return _decode(raw, where)
+def _leaves(x, name=''):
+    "(name, value) of everything in nested containers."
+    if isinstance(x, (dict, list, tuple)):
+        for key, value in x.items() if isinstance(x, dict) else enumerate(x): yield from _leaves(value, f'{name}.{key}'.strip('.'))
+    else: yield name, x
 
-def _not_plain(x, name=''):
-    "The name and type of the first thing in nested containers that could not be read back, or `None`."
-    if not (isinstance(x, torch.Tensor) or x is None or type(x) in (str, int, float, bool, dict, OrderedDict, list, tuple)): return f'{name.strip(".")} is of type {type(x).__name__}'
-    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
-    return next(filter(None, (_not_plain(value, f'{name}.{key}') for key, value in items)), None)
+def _not_plain(content):
+    "What could not be read back, or `None`."
+    return next((f'{name} is of type {type(x).__name__}' for name, x in _leaves(content) if not isinstance(x, torch.Tensor) and type(x) not in (str, int, float, bool, type(None))), None)
 
-def _not_finite(x, name=''):
-    "The name of the first tensor with an inf or NaN in nested containers, or `None`."
-    if isinstance(x, torch.Tensor): return None if not x.is_floating_point() or x.isfinite().all() else name.strip('.')
-    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
-    return next(filter(None, (_not_finite(value, f'{name}.{key}') for key, value in items)), None)
+def _not_finite(content):
+    "The name of the first tensor with an inf or NaN, or `None`."
+    return next((name for name, x in _leaves(content) if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.isfinite().all()), None)
 
 # %% ../nbs/06_checkpoint.ipynb #save_checkpoint
 def save_checkpoint(
@@ -126,9 +119,8 @@ FORMAT = 2 # of the dictionary in a checkpoint
 class OtherFormat(ValueError): "A checkpoint of another version of this package: nothing is wrong with it."
 
 def _load(path):
-    "One file, verified."
-    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
-    content = _unsealed(path.read_bytes(), path)
+    "One file of ours, verified."
+    content = read_file(path, sealed=True)
     if not isinstance(content, dict) or 'format' not in content: raise ValueError(f'{path} is no checkpoint of resnet_cifar')
     if content['format']!=FORMAT: raise OtherFormat(f'{path} is a checkpoint of format {content["format"]}, this version reads {FORMAT}')
     if wrong := _not_finite(content): raise ValueError(f'{path}: {wrong} is not finite')
@@ -344,8 +336,9 @@ def load_model(
     "The network in a file, ready to answer. Raises `FileNotFoundError` or `ValueError` with one line that names the file."
     path = Path(path)
     if path.is_dir() and not any((path/name).exists() for name in ('best.ckpt', 'last.ckpt')) and (path/'model.safetensors').exists(): return from_pretrained(path)
-    content = None if path.is_dir() else read_file(path)
-    if content is None or 'format' in content: content = load_checkpoint(path)
+    ours = path.is_dir() or path.name in ('best.ckpt', 'last.ckpt', 'previous.ckpt')
+    content = None if ours else read_file(path)
+    if ours or 'format' in content: content = load_checkpoint(path)
     if isinstance(content, dict) and ('format' in content or isinstance(content.get('architecture'), dict)): return _model_of(content, content, path)
     found = _likely_architectures(state_dict_of(content, path)) # somebody else's: the shapes must tell
     if not found: raise ValueError(f'{path} is of no network of this package')

@@ -10,6 +10,7 @@ __all__ = ['Source', 'ResNet', 'list_models', 'create_model', 'resnet18', 'resne
 
 # %% ../nbs/01_models.ipynb #imports-export
 import difflib
+import hashlib
 import io
 import json
 import os
@@ -281,14 +282,21 @@ def _decode(raw, where):
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
         raise ValueError(f'{where} is damaged or no file of weights ({type(e).__name__})') from None
 
+_SEAL = b'resnet_cifar sha256 ' # at the end of our checkpoints, with 64 hexadecimal digits behind it: see checkpoint
+
 def read_file(
     path:str|os.PathLike, # safetensors, or what `torch.save` wrote
+    sealed:bool=False,    # refuse a file that does not end with our checksum
 )->dict:                  # what is in it, tensors on the CPU; safetensors give `model`, and what our `save_pretrained` noted beside it
     "Read a file of weights without running anything in it; `FileNotFoundError` or `ValueError` name the file in one line."
     path = Path(path)
     if path.is_dir(): raise IsADirectoryError(f'{path} is a folder, a file is needed')
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
-    return _decode(path.read_bytes(), path)
+    raw = path.read_bytes()
+    is_sealed = raw[-64 - len(_SEAL):-64]==_SEAL
+    if sealed and not is_sealed: raise ValueError(f'{path} is damaged or no checkpoint of resnet_cifar: there is no checksum at its end')
+    if is_sealed and hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode()!=raw[-64:]: raise ValueError(f'{path} is damaged: its SHA-256 is not the one written at its end')
+    return _decode(raw, path)
 
 # %% ../nbs/01_models.ipynb #state_dict_of
 def _plain_key(key):

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import resnet_cifar
-from .checkpoint import Checkpointer, load_checkpoint, load_model, replacing, require_room, restore, save_checkpoint, state_digest
+from .checkpoint import Checkpointer, _model_of, load_checkpoint, replacing, require_room, restore, save_checkpoint, state_digest
 from .config import TrainConfig, TrainFlags, parse_args
 from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, split_train_valid
 from .fetch import Stopped, _require_writable, download_cifar10, locked, on_signal, one_line_errors
@@ -223,8 +223,10 @@ class RunResult:
 def _test(config, loaders, state, seconds):
     "Use the test images, once: the best validation epoch, or the last one where there was no validation."
     folder, best = Path(config.ckpt_dir), state.best_epoch
-    if best is not None and load_checkpoint(folder/'best.ckpt')['epoch']!=best + 1: raise RuntimeError(f'{folder/"best.ckpt"} is not of epoch {best}, the best: its file was lost on the way')
-    model = load_model(folder/('last.ckpt' if best is None else 'best.ckpt')).to(config.device)
+    file = folder/('last.ckpt' if best is None else 'best.ckpt')
+    content = load_checkpoint(file)
+    if best is not None and content['epoch']!=best + 1: raise RuntimeError(f'{folder/"best.ckpt"} is not of epoch {best}, the best: its file was lost on the way')
+    model = _model_of(content, content, file).to(config.device)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     metrics = evaluate(model, loaders[2], precision=config.precision)
     correct, counts = metrics.confusion.diagonal().tolist(), metrics.confusion.sum(1).tolist()
@@ -269,12 +271,16 @@ def _accept(config, saved, where):
     return lines
 
 # %% ../nbs/07_trainer.ipynb #_find_run
+def _source(config, resume):
+    "The folder that a run goes on from."
+    return Path(config.ckpt_dir) if resume in (None, 'auto') else Path(resume) if Path(resume).is_dir() else Path(resume).parent
+
 def _find_run(config, resume, overwrite):
     "What is there to go on with: (`RunResult` of a finished run or `None`, checkpoint or `None`)."
     folder = Path(config.ckpt_dir)
     held = [name for name in _RUN_FILES if (folder/name).exists()]
-    path = folder/'last.ckpt' if resume in (None, 'auto') else Path(resume)/'last.ckpt' if Path(resume).is_dir() else Path(resume)
-    here = path.parent.resolve()==folder.resolve()
+    source = _source(config, resume)
+    path, here = source/'last.ckpt' if resume in (None, 'auto') or Path(resume).is_dir() else Path(resume), source.resolve()==folder.resolve()
     if overwrite and (resume=='auto' or resume is None): return None, None
     if overwrite and here: raise ValueError(f'--resume {resume}: --overwrite would remove what it goes on from')
     if held and not overwrite and (resume is None or not here): raise FileExistsError(f'--ckpt_dir {folder} holds a run: --resume auto goes on with it, --overwrite starts anew')
@@ -295,15 +301,14 @@ def _find_run(config, resume, overwrite):
     return None, saved
 
 # %% ../nbs/07_trainer.ipynb #_best_of
-def _best_of(folder, resume, saved, changed):
+def _best_of(source, here, saved, changed):
     "The best epoch's file of the run that goes on, if it must be brought along from another folder. One that is lost is noticed now, not at the end."
-    source, best = folder if resume=='auto' else Path(resume) if Path(resume).is_dir() else Path(resume).parent, saved['best_epoch']
+    best = saved['best_epoch']
     if best is None: return None
     try: content = load_checkpoint(source/'best.ckpt')
-    except (FileNotFoundError, ValueError) as e: raise type(e)(f'--resume {resume}: the best epoch so far is {best}, but {e}') from None
-    here = source.resolve()==folder.resolve()
+    except (FileNotFoundError, ValueError) as e: raise type(e)(f'--resume: the best epoch so far is {best}, but {e}') from None
     if content['epoch']!=best + 1 and (changed or not here or content['epoch'] < best + 1): # ahead of its run by the epoch that was being saved: the same settings make that epoch again
-        raise ValueError(f'--resume {resume}: {source/"best.ckpt"} is of epoch {content["epoch"] - 1}, the best so far is {best}' + ('; the same settings as before would make it again' if changed else ''))
+        raise ValueError(f'--resume: {source/"best.ckpt"} is of epoch {content["epoch"] - 1}, the best so far is {best}' + ('; the same settings as before would make it again' if changed else ''))
     return None if here else content
 
 # %% ../nbs/07_trainer.ipynb #_sources
@@ -346,11 +351,13 @@ def run(
             folder, loaders = Path(config.ckpt_dir), make_loaders(config, dataset)
             state, kept = _new_run(config, len(loaders[0]), callbacks)
             if saved is not None: restore(state, saved, kept, _position(config, saved, len(loaders[0])))
-            best = None if saved is None else _best_of(folder, resume, saved, changed)
+            source = _source(config, resume)
+            here = saved is not None and source.resolve()==folder.resolve() # the run goes on in its own folder
+            best = None if saved is None else _best_of(source, here, saved, changed)
             earlier = sum(row['seconds'] for row in state.history) + (state.progress.seconds if state.progress else 0)
             require_room(folder, state, config)
             describe(state.model, config, loaders, state.epoch, len(state.progress.losses) if state.progress else 0)
-            _open_folder(config, saved, changed + ([] if resume in (None, 'auto') else [f'begun elsewhere: {resume}'])) # from here on an old run is gone
+            _open_folder(config, here, changed + ([] if saved is None or here else [f'begun elsewhere: {resume}'])) # from here on an old run is gone
             if best is not None: save_checkpoint(folder/'best.ckpt', best)
             result = _train_and_test(config, loaders, state, kept, lambda: time.monotonic() - begin + earlier)
         _write_json(folder/'result.json', dataclasses.asdict(result))
@@ -376,10 +383,9 @@ def _own_folder(config):
             with contextlib.suppress(OSError): path.rmdir()
             if path.exists() or path==made: break
 
-def _open_folder(config, saved, changed):
+def _open_folder(config, here, changed):
     "Make room in the folder now that the run can begin: an old run's files go, and what killed processes left; the settings are written."
     folder = Path(config.ckpt_dir)
-    here = saved is not None and any((folder/name).exists() for name in ('last.ckpt', 'previous.ckpt'))
     before = _read_json(folder/'config.json') if here and (folder/'config.json').exists() else {}
     for name in ('result.json',) if here else _RUN_FILES: (folder/name).unlink(missing_ok=True)
     for path in (*folder.glob('.*.tmp*'), *([] if here else folder.glob('last.ckpt.damaged'))): path.unlink()

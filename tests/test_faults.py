@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import ROOT, pack_batches
-from resnet_cifar import trainer
-from resnet_cifar.checkpoint import _sealed, load_checkpoint, save_checkpoint, save_pretrained
+from resnet_cifar import trainer, training
+from resnet_cifar.checkpoint import _sealed, load_checkpoint, load_model, save_checkpoint, save_pretrained
 from resnet_cifar.cli import main
 from resnet_cifar.config import TrainConfig
 from resnet_cifar.data import sample_cifar10
-from resnet_cifar.fetch import read_cifar10, verify_cifar10
+from resnet_cifar.fetch import Stopped, read_cifar10, verify_cifar10
 from resnet_cifar.models import create_model
 from resnet_cifar.training import Callback
 
@@ -227,6 +227,46 @@ def test_killed_right_after_resume_from_elsewhere(sample_run, tmp_path, capsys):
     sample_run(tmp_path/'second', num_epochs=4, lr_scheduler='none', resume=str(tmp_path/'first'), after=1)
     resumed = sample_run(tmp_path/'second', num_epochs=4, lr_scheduler='none', resume='auto')
     assert 'going on after 2 finished epochs' in capsys.readouterr().out and resumed.state_digest==whole.state_digest
+
+
+def test_killed_right_after_resume_over_another_run(sample_run, tmp_path, capsys):
+    "The folder holds a run of its own, which --overwrite gives up: what goes on later is the run that was resumed, not that one."
+    whole = sample_run(tmp_path/'whole', num_epochs=3, lr_scheduler='none')
+    sample_run(tmp_path/'first', num_epochs=2, lr_scheduler='none')
+    sample_run(tmp_path/'second', num_epochs=2, lr_scheduler='none', random_seed=1)
+    sample_run(tmp_path/'second', num_epochs=3, lr_scheduler='none', resume=str(tmp_path/'first'), overwrite=True, after=1)
+    assert sample_run(tmp_path/'second', num_epochs=3, lr_scheduler='none', resume='auto').state_digest==whole.state_digest
+
+
+@pytest.mark.parametrize('where', ['validation', 'test'])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_evaluating(sample_run, tmp_path, monkeypatch, where, number):
+    "In the middle of the second epoch's validation, or of the test at the end: the epoch's training is not lost."
+    whole, evaluate, calls = sample_run(tmp_path/'whole', ema_decay=0.9), training.evaluate, []
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls)==dict(validation=2, test=3)[where]: os.kill(os.getpid(), number)
+        return evaluate(*args, **kwargs)
+    monkeypatch.setattr(training, 'evaluate', signalled)
+    monkeypatch.setattr(trainer, 'evaluate', signalled)
+    with pytest.raises(Stopped) as stopped: sample_run(tmp_path/'run', ema_decay=0.9)
+    assert stopped.value.code==128 + number
+    content = load_checkpoint(tmp_path/'run'/'last.ckpt')
+    assert (content['epoch'], len(content['progress']['counts']) if content['progress'] else None)==dict(validation=(1, 4), test=(2, None))[where]
+    assert sample_run(tmp_path/'run', ema_decay=0.9, resume='auto').state_digest==whole.state_digest
+    assert outcome(tmp_path/'run')==outcome(tmp_path/'whole')
+
+
+def test_flipped_bit_is_noticed_by_every_reader(sample_run, tmp_path):
+    "Weights alone are read from a checkpoint too; a wrong bit among them is no weight."
+    sample_run(tmp_path/'run', num_epochs=1)
+    raw = bytearray((tmp_path/'run'/'best.ckpt').read_bytes())
+    raw[len(raw)//2] ^= 1
+    (tmp_path/'flipped.ckpt').write_bytes(raw)
+    for read in (load_checkpoint, load_model, lambda path: create_model('resnet18', width=4, weights=path)):
+        with pytest.raises(ValueError, match='flipped.ckpt is damaged: its SHA-256'): read(tmp_path/'flipped.ckpt')
+    (tmp_path/'run'/'last.ckpt').write_bytes(b'')
+    assert load_model(tmp_path/'run'/'last.ckpt').fc.out_features==10 # the one before it
 
 
 def test_validation_images_may_not_change(sample_run, tmp_path):
