@@ -122,6 +122,7 @@ def train_command(
 )->None:
     "The command `resnet-cifar train`; wrong flags are answered before PyTorch is imported."
     config, flags = parse_args(argv)
+    print(f'resnet-cifar {resnet_cifar.__version__} trains {config.model_name}; loading PyTorch', flush=True)
     from resnet_cifar.trainer import train
     train(config, flags)
 

@@ -7,8 +7,10 @@ __all__ = ['CLASSES', 'CIFAR10_MEAN', 'CIFAR10_STD', 'CIFAR10', 'load_cifar10', 
            'split_train_valid', 'normalize', 'EpochPlan', 'plan_epoch', 'augment', 'BatchLoader']
 
 # %% ../nbs/03_data.ipynb #imports-export
+import atexit
 import os
 import signal
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,11 +103,11 @@ CIFAR10_STD  = (0.2470, 0.2435, 0.2616) # of the same pixels
 # %% ../nbs/03_data.ipynb #normalize
 def normalize(
     images:Tensor,      # uint8 (N, 3, H, W)
-    mean:tuple=CIFAR10_MEAN, # of each channel, on the scale 0 … 1
-    std:tuple=CIFAR10_STD, # of each channel, on the same scale
+    mean:tuple|Tensor=CIFAR10_MEAN, # of each channel, on the scale 0 … 1
+    std:tuple|Tensor=CIFAR10_STD, # of each channel, on the same scale
 )->Tensor:              # float32 (N, 3, H, W), in the same memory format
     "`(images/255 - mean)/std` in one pass over the pixels."
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(3, 1, 1) for v in (mean, std))
     return torch.addcmul(-mean/std, images, 1/(255*std))
 
 # %% ../nbs/03_data.ipynb #EpochPlan
@@ -170,6 +172,17 @@ class _Keys:
 def _ignore_signals(worker): # the main process ends its workers, without a traceback from each
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
 
+def _end_workers(batches): # a weak reference to a `DataLoader`: at its end Python would wait for ever for workers that heed no signal
+    iterator = getattr(batches(), '_iterator', None)
+    if iterator is not None: iterator._shutdown_workers()
+
+def _in_background(dataset, keys, num_workers):
+    "A `DataLoader` whose workers last from epoch to epoch, and no longer than the program."
+    batches = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=num_workers, persistent_workers=True,
+                         worker_init_fn=_ignore_signals, generator=torch.Generator()) # its own: the global one is not touched
+    atexit.register(_end_workers, weakref.ref(batches))
+    return batches
+
 # %% ../nbs/03_data.ipynb #BatchLoader
 class BatchLoader:
     "Iterable of `(images, targets)`: float32 (batch_size, 3, H, W) normalised, int64 (batch_size,). The same numbers for any `num_workers`."
@@ -191,12 +204,12 @@ class BatchLoader:
         if train and len(images) < batch_size: raise ValueError(f'--batch_size {batch_size}: there are only {len(images)} training images')
         self.dataset = _BatchDataset(images, labels, batch_size, train, augment, seed)
         self.keys = _Keys(len(images)//batch_size if train else -(-len(images)//batch_size))
-        self.device, self.sizes, self.mean, self.std = torch.device(device), sizes, mean, std
+        self.device, self.sizes = torch.device(device), sizes
+        self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std)) # moved once: a GPU would be waited for in each batch
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.batches = None
         if num_workers and images.device.type=='cpu':
-            self.batches = DataLoader(self.dataset, batch_size=None, sampler=self.keys, num_workers=num_workers, persistent_workers=True,
-                worker_init_fn=_ignore_signals, generator=torch.Generator()) # its own: the global one is not touched
+            self.batches = _in_background(self.dataset, self.keys, num_workers)
 
     def set_epoch(self,
         epoch:int, # 0, 1, …

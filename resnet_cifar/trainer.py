@@ -34,7 +34,7 @@ from .checkpoint import Checkpointer, _model_of, load_checkpoint, replacing, req
 from .config import TrainConfig, TrainFlags, parse_args
 from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, split_train_valid
 from .fetch import Stopped, _require_writable, download_cifar10, locked, on_signal, one_line_errors
-from .models import create_model, summary
+from .models import _REGISTRY, create_model, summary
 from .training import BY_BATCH, EMA, Callback, TrainState, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
 
 # %% ../nbs/07_trainer.ipynb #pick_device
@@ -56,8 +56,7 @@ def resolve(
     precision, pin_memory = pick_precision(config.precision, device), config.pin_memory
     if pin_memory: print('--pin_memory: ' + ('there is no GPU, so it is not used' if device.type!='cuda' else 'the data are on the GPU, so it is not used'))
     if device.type!='cpu' and config.num_workers: print(f'--num_workers {config.num_workers}: the data are on the GPU, so background processes are not used')
-    with torch.device('meta'): width = create_model(config.model_name, width=config.width).architecture['width']
-    return dataclasses.replace(config, device=device.type, precision=precision, width=width)
+    return dataclasses.replace(config, device=device.type, precision=precision, width=config.width or _REGISTRY[config.model_name].get('width', 64))
 
 # %% ../nbs/07_trainer.ipynb #make_loaders
 def make_loaders(
@@ -319,13 +318,16 @@ def _sources():
     return digest.hexdigest()
 
 @contextlib.contextmanager
-def _determinism(wanted):
-    "PyTorch's deterministic mode while a run lasts."
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # CUDA's matrix products need it
-    torch.use_deterministic_algorithms(wanted or before)
+def _kernels(deterministic):
+    "How PyTorch chooses its algorithms while a run lasts: those that repeat, or on a GPU the fastest by trial, as all batches have one shape."
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # CUDA's matrix products need it
+    torch.use_deterministic_algorithms(deterministic or before[0])
+    torch.backends.cudnn.benchmark = not deterministic
     try: yield
-    finally: torch.use_deterministic_algorithms(before)
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 # %% ../nbs/07_trainer.ipynb #run
 def run(
@@ -347,7 +349,7 @@ def run(
             return print(f'the run in {config.ckpt_dir} has {saved["epoch"]} finished epochs, --num_epochs {config.num_epochs} asks for no more')
         try: dataset = load_cifar10(config.root, config.skip_checksum)
         except FileNotFoundError: dataset = load_cifar10(download_cifar10(config.root, skip_checksum=config.skip_checksum), config.skip_checksum)
-        with _determinism(config.deterministic), _memory_advice(config):
+        with _kernels(config.deterministic), _memory_advice(config):
             folder, loaders = Path(config.ckpt_dir), make_loaders(config, dataset)
             state, kept = _new_run(config, len(loaders[0]), callbacks)
             if saved is not None: restore(state, saved, kept, _position(config, saved, len(loaders[0])))

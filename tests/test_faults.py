@@ -102,13 +102,13 @@ def test_signal_saves_and_the_run_goes_on(cifar10_root, tmp_path, number, until,
 
 
 def test_second_signal_stops_at_once(cifar10_root, tmp_path):
-    process = start(words(cifar10_root, tmp_path/'run', compile=True, num_workers=2), 'expected')
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+    process = start(words(cifar10_root, tmp_path/'run', model_name='resnet110', width=32, batch_size=512, num_workers=2), 'expected')
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM) # within a step of several seconds
+    while not (line := process.stderr.readline()).startswith('stopping'): assert line
+    process.send_signal(signal.SIGTERM) # within the same step
     _, err = process.communicate(timeout=60)
-    assert process.returncode==143 and 'Traceback' not in err
+    assert process.returncode==143 and err.count('\n')==1 and 'by a second signal' in err, (process.returncode, err)
     for _ in range(100): # a background process looks after its parent every five seconds
         if session_is_empty(process.pid): break
         time.sleep(0.1)

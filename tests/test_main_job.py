@@ -87,3 +87,14 @@ if __name__=='__main__':
     print(len(batches[0]), all(torch.equal(a, b) for one, other in zip(*batches) for a, b in zip(one, other)))
 """)
     assert command('program', PYTHONPATH=str(tmp_path)).stdout=='4 True\n'
+
+
+def test_a_program_ends_while_workers_run(command, tmp_path):
+    "They heed no signal, so somebody must tell them."
+    (tmp_path/'program.py').write_text("""
+from resnet_cifar.data import BatchLoader, sample_cifar10
+s = sample_cifar10()
+batches = iter(BatchLoader(s.train_images, s.train_labels, 32, train=True, num_workers=2))
+print(next(batches)[0].shape[0])
+""")
+    assert command('program', PYTHONPATH=str(tmp_path), timeout=120).stdout=='32\n'
