@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'EvaluateFlags', 'evaluate_command', 'ExportFlags', 'export_command', 'InfoFlags', 'info_command',
-           'train_command', 'download_command', 'main']
+           'BenchFlags', 'bench_command', 'train_command', 'download_command', 'main']
 
 # %% ../nbs/10_cli.ipynb #imports-export
 import dataclasses
 import difflib
+import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -116,6 +118,52 @@ def info_command(
     else:
         for row in rows(flags.name.lower()): line(row.name, row, ' x '.join(map(str, row.output_shape)))
 
+# %% ../nbs/10_cli.ipynb #BenchFlags
+@dataclasses.dataclass(frozen=True)
+class BenchFlags:
+    "Compare training here with the plain loop that most people write, in one run: steps, epochs, data, memory. About five minutes for resnet18."
+    model_name:str='resnet18'          # resnet18, 34, 50, 101 or 152
+    batch_size:int=128                 # images in a step
+    root:str='./data/datasets'         # folder of the data, fetched when missing
+    json:str|None=None                 # write all numbers to this file
+    figure:str|None=None               # draw them into this file: .png, .svg or .pdf
+    compile:bool=True                  # measure compiled training too
+    precision:Literal['auto', 'fp32', 'bf16']='auto' # of our side; the plain loop has fp32
+    device:Literal['auto', 'cpu', 'cuda', 'mps']='auto' # auto: the GPU if there is one
+    skip_checksum:bool=False           # take the pixels as they are
+
+# %% ../nbs/10_cli.ipynb #bench_command
+def _require_place(flag, path, endings):
+    "Raise unless a file with one of these endings can be written there."
+    if path is None: return
+    if Path(path).suffix not in endings: raise ValueError(f'--{flag} {path}: must end in {" or ".join(endings)}')
+    if Path(path).is_dir() or not Path(path).parent.is_dir(): raise ValueError(f'--{flag} {path}: {"is a folder" if Path(path).is_dir() else f"there is no folder {Path(path).parent}"}')
+    if not os.access(Path(path).parent, os.W_OK): raise PermissionError(f'--{flag} {path}: the folder cannot be written')
+
+def bench_command(
+    argv:list, # the words after `bench`
+)->None:
+    "The command `resnet-cifar bench`."
+    flags = parse_flags(BenchFlags, argv, prog='resnet-cifar bench')
+    _require_one_of('model_name', flags.model_name.lower(), MODELS[:5])
+    _require_range('batch_size', flags.batch_size, 1, 2000)
+    _require_place('json', flags.json, ['.json'])
+    _require_place('figure', flags.figure, ['.png', '.svg', '.pdf'])
+    print(f'measuring {flags.model_name.lower()}; nothing else should run meanwhile', flush=True)
+    from resnet_cifar.checkpoint import replacing
+    from resnet_cifar.speed import bench, bench_lines, plot_bench
+    from resnet_cifar.trainer import load_or_fetch, pick_device
+    pick_device(flags.device)
+    result = bench(flags.model_name.lower(), flags.batch_size, dataset=load_or_fetch(flags.root, flags.skip_checksum), device=flags.device, precision=flags.precision, compile=flags.compile)
+    print('\n'.join(bench_lines(result)))
+    if flags.json is not None:
+        with replacing(Path(flags.json)) as temporary: temporary.write_text(json.dumps(result, indent=1) + '\n')
+    if flags.figure is not None:
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(6, 2.6), layout='constrained')
+        plot_bench(result, figure.subplots())
+        figure.savefig(flags.figure, dpi=150)
+
 # %% ../nbs/10_cli.ipynb #COMMANDS
 def train_command(
     argv:list, # the words after `train`
@@ -138,6 +186,7 @@ COMMANDS = { # name -> function of the remaining words, one line of help
     'train':    (train_command, 'train a residual network, test it, leave a run folder'),
     'evaluate': (evaluate_command, 'measure a trained network on the test images'),
     'export':   (export_command, 'write a trained network as one safetensors or ONNX file'),
+    'bench':    (bench_command, 'compare the speed of training here with the plain loop'),
     'info':     (info_command, 'what the networks cost: parameters, MACs, memory'),
 }
 

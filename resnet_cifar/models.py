@@ -81,11 +81,11 @@ class ResNet(nn.Module):
 
 # %% ../nbs/01_models.ipynb #registry
 _REGISTRY = {
-    'resnet18':  dict(block=BasicBlock, layers=(2, 2, 2, 2)),
-    'resnet34':  dict(block=BasicBlock, layers=(3, 4, 6, 3)),
-    'resnet50':  dict(block=Bottleneck, layers=(3, 4, 6, 3)),
-    'resnet101': dict(block=Bottleneck, layers=(3, 4, 23, 3)),
-    'resnet152': dict(block=Bottleneck, layers=(3, 8, 36, 3)),
+    'resnet18':  dict(block=BasicBlock, layers=(2, 2, 2, 2), width=64),
+    'resnet34':  dict(block=BasicBlock, layers=(3, 4, 6, 3), width=64),
+    'resnet50':  dict(block=Bottleneck, layers=(3, 4, 6, 3), width=64),
+    'resnet101': dict(block=Bottleneck, layers=(3, 4, 23, 3), width=64),
+    'resnet152': dict(block=Bottleneck, layers=(3, 8, 36, 3), width=64),
     **{f'resnet{6*n + 2}': dict(block=BasicBlock, layers=(n, n, n), width=16, shortcut='A') for n in (3, 5, 7, 9, 18)}, # section 4.2
 }
 _REGISTRY |= {name.replace('resnet', 'plain'): entry | dict(shortcut=None) for name, entry in _REGISTRY.items()}

@@ -49,7 +49,7 @@ def _autocast(images, precision):
 
 # %% ../nbs/05_training.ipynb #_PatchConv
 class _PatchConv(torch.autograd.Function):
-    "3x3 convolution with padding 1; the gradient of its weight is one matrix product."
+    "3x3 convolution with padding 1; the gradient of its weight is one matrix product. It can be differentiated once."
     @staticmethod
     def forward(x, weight, stride): return F.conv2d(x, weight, stride=stride, padding=1)
 
@@ -77,9 +77,10 @@ class PatchGradients(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _pays(self, x, weight, bias, stride, padding, dilation, groups):
-        if weight.shape[2:]!=(3, 3) or bias is not None or (padding, dilation, groups)!=((1, 1), (1, 1), 1): return False
-        if not weight.requires_grad or x.device.type!='cpu' or not torch.is_autocast_enabled('cpu'): return False
-        return -(-x.shape[2]//stride[0])*-(-x.shape[3]//stride[1]) <= 16
+        if weight.shape[2:]!=(3, 3) or bias is not None or x.ndim!=4 or (padding, dilation, groups)!=((1, 1), (1, 1), 1) or not isinstance(stride, tuple): return False
+        if not weight.requires_grad or x.device.type!='cpu' or x.dtype not in (torch.float32, torch.bfloat16): return False
+        if not torch.is_autocast_enabled('cpu') or torch.get_autocast_dtype('cpu')!=torch.bfloat16: return False
+        return -(-x.shape[2]//stride[0])*-(-x.shape[3]//stride[1]) <= 16 # outputs
 
 # %% ../nbs/05_training.ipynb #_require_finite
 def _require_finite(losses):
@@ -97,7 +98,8 @@ def train_step(
     label_smoothing:float=0.0,  # probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567, section 7)
 )->tuple[Tensor, Tensor]:       # mean loss (NaN if a gradient is not finite) and number of right answers, both on the device: no wait for a GPU
     "Forward, backward, and one step of the optimizer. On a CPU a loss or gradient that is not finite is a `FloatingPointError` before the step."
-    with PatchGradients(), _autocast(images, precision): logits = model(images)
+    patches = PatchGradients() if precision=='bf16' and images.device.type=='cpu' else contextlib.nullcontext()
+    with patches, _autocast(images, precision): logits = model(images)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
     optimizer.zero_grad()
     loss.backward()

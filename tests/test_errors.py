@@ -11,6 +11,11 @@ from resnet_cifar.models import create_model
 TRAIN = 'resnet_cifar', 'train'
 ABSENT = 'cuda' if sys.platform=='darwin' else 'mps' # a device that this machine cannot have
 BAD = [ # words, exit code, what the line must say
+    (('resnet_cifar', 'bench', '--model_name', 'resnet20'), 2, '--model_name resnet20: did you mean resnet'),
+    (('resnet_cifar', 'bench', '--batch_size', '0'), 2, '--batch_size 0: must be at least 1'),
+    (('resnet_cifar', 'bench', '--json', 'numbers.txt'), 2, '--json numbers.txt: must end in .json'),
+    (('resnet_cifar', 'bench', '--figure', 'nowhere/a.png'), 2, '--figure nowhere/a.png: there is no folder nowhere'),
+    (('resnet_cifar', 'bench', '--root', 'a_file'), 2, 'is a file'),
     ((*TRAIN, '--model_name', 'ResNet19'), 2, '--model_name resnet19: did you mean resnet1'),
     ((*TRAIN, '--optimizer', 'adamw'), 2, 'did you mean AdamW'),
     ((*TRAIN, '--lr_scheduler', 'cosine'), 2, '--lr_scheduler cosine: did you mean CosineAnnealingLR'),

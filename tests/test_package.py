@@ -55,7 +55,7 @@ def test_sample_and_types_are_inside(installed):
     assert done.stdout.strip()==str([100]*10)
 
 
-@pytest.mark.parametrize('module', MODULES)
+@pytest.mark.parametrize('module', [m for m in MODULES if m!='plain_loop']) # that one is as people write it
 def test_everything_public_has_types(module):
     "Parameters and results of every public function and method."
     module, bare = importlib.import_module(f'resnet_cifar.{module}'), []

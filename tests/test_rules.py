@@ -14,7 +14,7 @@ from readme import markdown
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in ROOT.glob('nbs/**/*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 CHAPTERS = {p.stem[3:]: p.stem[:2] for p in NOTEBOOKS if re.match(r'\d\d_', p.stem)}
-BY_HAND = {'__init__.py', '__main__.py', '_modidx.py'}
+BY_HAND = {'__init__.py', '__main__.py', '_modidx.py', 'plain_loop.py'}
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
