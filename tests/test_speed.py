@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -173,8 +174,8 @@ def test_small_maps_gradients_are_compiled_too():
     images, targets, products, losses = torch.randn(8, 3, 16, 16), torch.arange(8), [], []
     def count(graph, inputs):
         products[-1] += sum(node.target==torch.ops.aten.mm.default for node in graph.graph.nodes)
-        return graph
-    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=count)
+        return make_boxed_func(graph)
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph), bw_compiler=count)
     def trained(precision, wrap):
         torch.compiler.reset()
         torch.manual_seed(0)
