@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Timing', 'synchronize', 'benchmark', 'matmul_roof', 'training_flops', 'peak_memory', 'plain_side', 'our_side',
-           'bench', 'bench_lines', 'plot_bench']
+           'compare', 'bench', 'bench_lines', 'plot_bench']
 
 # %% ../nbs/09_speed.ipynb #imports-export
 import contextlib
@@ -184,12 +184,16 @@ def _steps(model_name, batch_size, dataset, device, precision, compile, seconds)
     batches = {name: [(images.contiguous() if name=='plain loop' else images, targets)] for name in sides}
     return sides, benchmark({name: functools.partial(run, batches[name]) for name, run in sides.items()}, seconds=seconds, device=device)
 
-def _compare(pairs):
-    "How many times as fast ours is: of the medians, and over the pairs that were measured in turn."
+# %% ../nbs/09_speed.ipynb #compare
+def compare(
+    pairs:list, # of (plain, ours): seconds, measured in turn
+)->dict:        # medians 'plain' and 'ours', their 'ratio', 'low' and 'high' of the pairs' own ratios, their number 'n'
+    "How many times as fast ours is."
     plain, ours = map(statistics.median, zip(*pairs))
     each = [p/o for p, o in pairs]
     return dict(plain=plain, ours=ours, ratio=plain/ours, low=min(each), high=max(each), n=len(each))
 
+# %% ../nbs/09_speed.ipynb #memory-function
 def _memory(model_name, batch_size, device, precision):
     "`peak_memory` of both sides; `None` where it cannot be had."
     if device!='cuda' and (device, sys.platform)!=('cpu', 'linux'): return None
@@ -219,7 +223,7 @@ def bench(
         num_batches = max(1, min(20, int(seconds/((3 + pairs)*plain + pairs*ours)) - 1, available))
         choice, workers, epochs = _epochs(sides['plain loop'], sides[fastest], dataset, batch_size, device, num_batches, pairs)
         data = _data(dataset, batch_size, device, min(10, available))
-    ratios = dict(step=_compare(list(zip(steps['plain loop'].seconds, steps[fastest].seconds))), epoch=_compare(epochs), data=_compare(data))
+    ratios = dict(step=compare(list(zip(steps['plain loop'].seconds, steps[fastest].seconds))), epoch=compare(epochs), data=compare(data))
     roof, flops, images = matmul_roof(device, precision), training_flops(model_name), num_batches*batch_size
     return dict(
         model_name=model_name, batch_size=batch_size, device=device, precision=precision, machine=machine, versions=package_versions(), fastest=fastest, **{f'{name}_ratio': found['ratio'] for name, found in ratios.items()}, ratios=ratios,

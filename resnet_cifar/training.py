@@ -71,7 +71,7 @@ class _PatchConv(torch.autograd.Function):
 
 # %% ../nbs/05_training.ipynb #PatchGradients
 class PatchGradients(TorchFunctionMode):
-    "While a forward pass runs under it, 3x3 convolutions of bf16 on maps of at most 4x4 outputs on a CPU get `_PatchConv`'s gradient. The network is not touched."
+    "While a forward pass runs under it, bf16 3x3 convolutions with at most 16 outputs a channel on a CPU get `_PatchConv`'s gradient. The network is not touched."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.conv2d and len(args)==7 and self._pays(*args): return _PatchConv.apply(args[0].bfloat16(), args[1].bfloat16(), args[3])
         return func(*args, **(kwargs or {}))
