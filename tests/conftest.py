@@ -2,6 +2,7 @@
 import io
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ import pytest
 from run_notebooks import NO_WARNINGS
 
 ROOT = Path(__file__).parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler) # in a shell's background it is ignored, and would be in every program that the tests start
 
 
 @pytest.fixture(scope='session')
