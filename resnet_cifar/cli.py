@@ -68,15 +68,22 @@ class ExportFlags:
     overwrite:bool=False               # replace a file that is there
 
 # %% ../nbs/10_cli.ipynb #export_command
+def _require_place(flag, path, endings):
+    "Raise unless a file with one of these endings can be written there."
+    if path is None: return
+    path = Path(path)
+    if path.suffix not in endings: raise ValueError(f'--{flag} {path}: must end in {" or ".join(endings)}')
+    if path.is_dir() or not path.parent.is_dir(): raise ValueError(f'--{flag} {path}: {"is a folder" if path.is_dir() else f"there is no folder {path.parent}"}')
+    if not os.access(path.parent, os.W_OK): raise PermissionError(f'--{flag} {path}: the folder cannot be written')
+
 def export_command(
     argv:list, # the words after `export`
 )->None:
     "The command `resnet-cifar export`."
     flags = parse_flags(ExportFlags, argv, prog='resnet-cifar export')
     output = Path(f'model.{flags.format}' if flags.output is None else flags.output)
-    if output.suffix!=f'.{flags.format}': raise ValueError(f'--output {output}: a file of --format {flags.format} is called something.{flags.format}')
+    _require_place('output', output, [f'.{flags.format}'])
     if flags.format!='onnx' and (flags.normalize or flags.softmax): raise ValueError(f'--{"normalize" if flags.normalize else "softmax"}: only --format onnx has a graph to put it into')
-    if output.is_dir() or not output.parent.is_dir(): raise ValueError(f'--output {output}: {"is a folder" if output.is_dir() else f"there is no folder {output.parent}"}')
     if output.exists() and not flags.overwrite: raise FileExistsError(f'--output {output} exists: --overwrite replaces it')
     from resnet_cifar.checkpoint import export_onnx, load_model, save_weights
     from resnet_cifar.models import describe_architecture
@@ -133,13 +140,6 @@ class BenchFlags:
     skip_checksum:bool=False           # take the pixels as they are
 
 # %% ../nbs/10_cli.ipynb #bench_command
-def _require_place(flag, path, endings):
-    "Raise unless a file with one of these endings can be written there."
-    if path is None: return
-    if Path(path).suffix not in endings: raise ValueError(f'--{flag} {path}: must end in {" or ".join(endings)}')
-    if Path(path).is_dir() or not Path(path).parent.is_dir(): raise ValueError(f'--{flag} {path}: {"is a folder" if Path(path).is_dir() else f"there is no folder {Path(path).parent}"}')
-    if not os.access(Path(path).parent, os.W_OK): raise PermissionError(f'--{flag} {path}: the folder cannot be written')
-
 def bench_command(
     argv:list, # the words after `bench`
 )->None:

@@ -51,7 +51,7 @@ BAD = [ # words, exit code, what the line must say
     (('resnet_cifar', 'export', '--ckpt', 'photo.safetensors'), 2, 'photo.safetensors is damaged or no file of weights'),
     (('resnet_cifar', 'export', '--ckpt', 'nowhere'), 2, 'nowhere: no such file'),
     (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--output', 'nowhere/model.safetensors'), 2, 'there is no folder nowhere'),
-    (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--output', 'model.onnx'), 2, 'something.safetensors'),
+    (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--output', 'model.onnx'), 2, '--output model.onnx: must end in .safetensors'),
     (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--output', 'hundred.safetensors'), 2, '--overwrite replaces it'),
     (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--softmax'), 2, 'only --format onnx'),
     (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--format', 'onx'), 2, 'onx'),
