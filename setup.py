@@ -9,7 +9,8 @@ parser = ConfigParser(interpolation=None, delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 export = cfg['export_requirements'].split()
-dev = export + cfg['dev_requirements'].split()
+tensorboard = cfg['tensorboard_requirements'].split()
+dev = export + tensorboard + cfg['dev_requirements'].split()
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
@@ -17,7 +18,7 @@ setup(
     author=cfg['author'], license='Apache-2.0', license_files=['LICENSE'], keywords=cfg['keywords'].split(),
     url=cfg['git_url'] or None, python_requires=f">={cfg['min_python']}",
     packages=['resnet_cifar'], package_data={'resnet_cifar': ['py.typed', 'sample/*.png']},
-    install_requires=cfg['requirements'].split(), extras_require={'export': export, 'dev': dev, 'all': dev},
+    install_requires=cfg['requirements'].split(), extras_require={'export': export, 'tensorboard': tensorboard, 'dev': dev, 'all': dev},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n')}, zip_safe=False,
     classifiers=['Intended Audience :: Developers', 'Intended Audience :: Education', 'Operating System :: OS Independent',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],

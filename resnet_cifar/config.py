@@ -132,6 +132,7 @@ class TrainFlags(TrainConfig):
     config:str|None=None   # a TOML file of settings
     resume:str|None=None   # auto: go on with the run in --ckpt_dir, or start it when there is none; a checkpoint or run folder: go on from there
     overwrite:bool=False   # start anew in a folder that holds a run
+    tensorboard:bool=False # write the history for TensorBoard too, into the run folder; needs the extra `tensorboard`
     record:bool=False      # write config, history and result to nbs/runs/ under the run folder's name; needs a clean git checkout
     debug:bool=False       # show the whole traceback of an error
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'CIFAR10_MEAN', 'CIFAR10_STD', 'CIFAR10', 'load_cifar10', 'sample_cifar10', 'show_images',
-           'split_train_valid', 'normalize', 'EpochPlan', 'plan_epoch', 'augment', 'BatchLoader']
+           'split_train_valid', 'normalize', 'EpochPlan', 'plan_epoch', 'augment', 'BatchLoader', 'load_image',
+           'list_images']
 
 # %% ../nbs/03_data.ipynb #imports-export
 import atexit
@@ -76,7 +77,7 @@ def show_images(
     step_y, step_x = images.shape[2] + 2, images.shape[3] + 2 # make_grid leaves two pixels between pictures
     ax.imshow(make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0), interpolation='nearest')
     for i, title in enumerate([] if titles is None else titles):
-        ax.text(i%columns*step_x + 3, i//columns*step_y + 3, str(title), fontsize=5, va='top', color='white', bbox=dict(facecolor='black', alpha=0.6, pad=0.5, lw=0))
+        ax.text(i%columns*step_x + 3, i//columns*step_y + 3, str(title), fontsize=min(7, 50/columns), va='top', color='white', bbox=dict(facecolor='black', alpha=0.6, pad=0.5, lw=0))
     ax.set_axis_off()
     return ax
 
@@ -226,3 +227,56 @@ class BatchLoader:
             images = normalize(images.to(self.device, non_blocking=True), self.mean, self.std)
             if size and size!=images.shape[-1]: images = F.interpolate(images, (size, size), mode='bilinear', antialias=True)
             yield images.contiguous(memory_format=self.memory_format), targets.to(self.device, non_blocking=True)
+
+# %% ../nbs/03_data.ipynb #load_image
+_PICTURES = 'AVIF', 'BMP', 'GIF', 'ICO', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP' # not EPS: Pillow would have Ghostscript run it
+
+def _formats():
+    "Those of `_PICTURES` that this Pillow reads."
+    from PIL import Image
+    Image.init()
+    return [name for name in _PICTURES if name in Image.OPEN]
+
+def _as_rgb(image):
+    "A Pillow image of any mode as RGB: 16 bits a channel lose the lower 8, floats are taken as 0 … 1, transparency is laid on white."
+    from PIL import Image
+    if image.mode=='F': image = Image.fromarray((np.nan_to_num(np.asarray(image)).clip(0, 1)*255).round().astype(np.uint8))
+    elif image.mode.startswith('I'): image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+def load_image(
+    path:str|os.PathLike, # AVIF, BMP, GIF, ICO, JPEG, JPEG 2000, PNG, PPM, TGA, TIFF or WebP
+    size:int=32,          # height and width of the result in pixels
+)->Tensor:                # uint8 (3, size, size)
+    "A picture as a network sees it: upright, on white, the middle square, averaged down. What cannot be read, or has more than 178,956,970 pixels, is a `ValueError` of one line."
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            image.draft(image.mode, (4*size, 4*size)) # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves four times as much as is needed
+            image = ImageOps.exif_transpose(image)
+            side = min(image.size)
+            left, top = (image.width - side)//2, (image.height - side)//2
+            image = _as_rgb(image.crop((left, top, left + side, top + side)))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as e: raise type(e)(f'{path}: {e.strerror}') from None
+    except UnidentifiedImageError: raise ValueError(f'{path} is no picture of a known kind') from None
+    except Exception as e: raise ValueError(f'{path} cannot be read as a picture: {" ".join(str(e).split()) or type(e).__name__}') from None
+    image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3) # a huge one is first averaged down to three times what is needed
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+# %% ../nbs/03_data.ipynb #list_images
+def list_images(
+    paths:Sequence, # files, taken as they are, and folders; what is not there, and a folder without pictures, is a `FileNotFoundError`
+)->list:            # of `Path`, in the order of `paths`
+    "Files, and of each folder and the folders in it all that are named like pictures, sorted, without hidden ones."
+    from PIL import Image
+    known, files = _formats(), []
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in known}
+    for path in map(Path, paths):
+        if not path.exists(): raise FileNotFoundError(f'{path}: no such file or folder')
+        inside = [p for p in path.rglob('*') if p.suffix.lower() in endings and p.is_file() and not any(part.startswith('.') for part in p.relative_to(path).parts)]
+        if path.is_dir() and not inside: raise FileNotFoundError(f'{path}: there are no pictures in this folder')
+        files += sorted(inside) if path.is_dir() else [path]
+    return files

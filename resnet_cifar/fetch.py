@@ -425,7 +425,7 @@ def _first_that_works(
 
 # %% ../nbs/02_fetch.ipynb #parse_flags
 def parse_flags(
-    spec:type,      # dataclass whose fields are the flags
+    spec:type,      # dataclass whose fields are the flags; one with `metadata=dict(positional=True)` stands without its name
     argv:list,      # the words of the command line
     *,
     prog:str,       # name of the command, for the help
@@ -433,6 +433,8 @@ def parse_flags(
 )->Any:             # an instance of `spec`
     "Parse flags by the fields of a dataclass; what does not parse is a `ValueError` of one line with the nearest flag."
     import tyro
+    bare = [(field.name, tyro.conf.Positional[field.type], field) for field in dataclasses.fields(spec) if 'positional' in field.metadata]
+    if bare: spec = dataclasses.make_dataclass(spec.__name__, bare, bases=(spec,), frozen=True, namespace=dict(__doc__=spec.__doc__, __module__=spec.__module__)) # tyro reads the comments where the module says
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors): return tyro.cli(spec, args=argv, prog=prog, default=default, use_underscores=True)
@@ -482,6 +484,9 @@ def one_line_errors(
         debug = '--debug' in argv
         try:
             with on_signal(_stop, (signal.SIGTERM,)): return main([word for word in argv if word!='--debug']) or 0
+        except BrokenPipeError: # whoever read the output has had enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
         except KeyboardInterrupt as e: error, code = str(e) or 'stopped', getattr(e, 'code', 130)
         except Exception as e:
             if debug: traceback.print_exc()

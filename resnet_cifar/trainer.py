@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'resolve', 'load_or_fetch', 'make_loaders', 'expected_seconds', 'describe', 'machine_name',
-           'package_versions', 'RunFolder', 'RunResult', 'run', 'command_of', 'clean_checkout', 'write_record', 'train',
-           'main']
+           'package_versions', 'RunFolder', 'TensorBoard', 'RunResult', 'run', 'command_of', 'clean_checkout',
+           'write_record', 'train', 'main']
 
 # %% ../nbs/07_trainer.ipynb #imports-export
 import contextlib
@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -186,6 +187,33 @@ class RunFolder(Callback):
         figure = Figure(figsize=(10, 3), layout='constrained')
         plot_history(history, figure.subplots(1, 3))
         return figure
+
+# %% ../nbs/07_trainer.ipynb #TensorBoard
+class TensorBoard(Callback):
+    "Writes loss, accuracy and learning rate of each epoch for TensorBoard, into the folder `tensorboard` of the run."
+    def __init__(self,
+        folder:str|os.PathLike, # of the run
+    ):
+        if importlib.util.find_spec('tensorboard') is None: raise ImportError("--tensorboard needs tensorboard: pip install 'resnet_cifar[tensorboard]'")
+        self.folder, self.writer = Path(folder)/'tensorboard', None
+
+    def before_fit(self, state:TrainState)->None:
+        "Begin anew, with the epochs of a run that goes on."
+        from torch.utils.tensorboard import SummaryWriter
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.writer = SummaryWriter(self.folder)
+        for row in state.history: self.write(row)
+
+    def write(self, row:dict)->None:
+        "One row of history."
+        names = {'train_loss': 'loss/train', 'valid_loss': 'loss/valid', 'train_accuracy': 'accuracy/train', 'valid_accuracy': 'accuracy/valid', 'lr': 'learning rate'}
+        for name, shown in names.items():
+            if row[name] is not None: self.writer.add_scalar(shown, row[name], row['epoch'])
+        self.writer.flush()
+
+    def after_epoch(self, state:TrainState)->None:
+        "Add the last row."
+        self.write(state.history[-1])
 
 # %% ../nbs/07_trainer.ipynb #_Watched
 class _Stop:
@@ -411,6 +439,7 @@ def _open_folder(config, here, changed):
     folder = Path(config.ckpt_dir)
     before = _read_json(folder/'config.json') if here and (folder/'config.json').exists() else {}
     for name in ('result.json',) if here else _RUN_FILES: (folder/name).unlink(missing_ok=True)
+    if not here: shutil.rmtree(folder/'tensorboard', ignore_errors=True)
     for path in (*folder.glob('.*.tmp*'), *([] if here else folder.glob('last.ckpt.damaged'))): path.unlink()
     settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources()))
     _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
@@ -505,12 +534,12 @@ def write_record(
 # %% ../nbs/07_trainer.ipynb #train
 def train(
     config:TrainConfig, # what to compute
-    flags:TrainFlags,   # `resume`, `overwrite` and `record`
+    flags:TrainFlags,   # `resume`, `overwrite`, `tensorboard` and `record`
 )->None:
     "Run, record if asked, and print what came out and what to try next."
     if flags.record and flags.resume not in (None, 'auto'): raise ValueError('--record: a run that goes on from elsewhere is not made by one command')
     checkout = clean_checkout(config, flags.overwrite) if flags.record else None
-    result = run(config, resume=flags.resume, overwrite=flags.overwrite)
+    result = run(config, resume=flags.resume, overwrite=flags.overwrite, callbacks=[TensorBoard(config.ckpt_dir)] if flags.tensorboard else [])
     if result is None: return # there was nothing to do
     augmented = '' if result.test_accuracy_tta is None else f', {result.test_accuracy_tta:.4f} with mirror images averaged'
     print(f'test accuracy {result.test_accuracy:.4f}{augmented} (epoch {result.tested_epoch}, the {result.tested}), {result.seconds/60:.1f} min, {result.images_per_second:.0f} images/s')

@@ -189,6 +189,22 @@ def predict(
     return torch.cat(list(_log_probabilities(model, images, precision, tta))).exp().cpu()
 
 # %% ../nbs/05_training.ipynb #evaluate
+def _answers(model, batches, precision, tta):
+    "(log-probabilities, targets) of all images, on the CPU."
+    targets = []
+    def images():
+        for batch_images, batch_targets in batches:
+            targets.append(batch_targets)
+            yield batch_images
+    log_p = torch.cat(list(_log_probabilities(model, images(), precision, tta)))
+    return log_p.cpu(), torch.cat(targets).cpu() # a GPU is waited for once, at the end
+
+def _metrics_of(log_p, targets):
+    "Loss, accuracy and confusion matrix."
+    num_classes = log_p.shape[1]
+    confusion = torch.bincount(targets*num_classes + log_p.argmax(1), minlength=num_classes**2).view(num_classes, num_classes)
+    return Metrics(F.nll_loss(log_p.double(), targets).item(), confusion.trace().item()/len(targets), confusion)
+
 def evaluate(
     model:nn.Module,      # gives logits; its mode is restored afterwards
     batches:Iterable,     # iterable of (images, targets), each image once
@@ -197,16 +213,7 @@ def evaluate(
     tta:bool=False,       # see `predict`
 )->Metrics:               # with the confusion matrix
     "Loss and accuracy over all images, each counted once, in evaluation mode."
-    targets = []
-    def images():
-        for batch_images, batch_targets in batches:
-            targets.append(batch_targets)
-            yield batch_images
-    log_p = torch.cat(list(_log_probabilities(model, images(), precision, tta))).cpu() # a GPU is waited for once, at the end
-    targets, num_classes = torch.cat(targets).cpu(), log_p.shape[1]
-    loss = F.nll_loss(log_p.double(), targets).item()
-    confusion = torch.bincount(targets*num_classes + log_p.argmax(1), minlength=num_classes**2).view(num_classes, num_classes)
-    return Metrics(loss, confusion.trace().item()/len(targets), confusion)
+    return _metrics_of(*_answers(model, batches, precision, tta))
 
 # %% ../nbs/05_training.ipynb #make_optimizer
 def make_optimizer(
@@ -408,16 +415,20 @@ def plot_history(
     history:list,   # rows as in `TrainState.history`
     axes:Any=None,  # three matplotlib `Axes`; new ones when left out
 )->Any:             # the three `Axes`
-    "Loss, accuracy and learning rate against epochs."
+    "Loss, accuracy and learning rate against epochs; the titles say where they stand."
     import matplotlib.pyplot as plt
     if axes is None: axes = plt.subplots(1, 3, figsize=(6, 2.5), layout='constrained')[1]
     epochs = [row['epoch'] for row in history]
-    for ax, kind, label in ((axes[0], 'loss', 'cross-entropy (nats)'), (axes[1], 'accuracy', 'accuracy (0 to 1)')):
-        for part, style in (('train', 'o--'), ('valid', 's-')):
-            if history and history[0][f'{part}_{kind}'] is not None: ax.plot(epochs, [row[f'{part}_{kind}'] for row in history], style, markersize=3, label=part)
+    for ax, kind, label, best in ((axes[0], 'loss', 'cross-entropy (nats)', min), (axes[1], 'accuracy', 'accuracy (0 to 1)', max)):
+        parts = [part for part in ('train', 'valid') if history and history[0][f'{part}_{kind}'] is not None]
+        for part, style in zip(parts, ('o--', 's-')): ax.plot(epochs, [row[f'{part}_{kind}'] for row in history], style, markersize=3, label=part)
         ax.set(xlabel='epoch', ylabel=label)
+        if not parts: continue
+        value, epoch = best((row[f'{parts[-1]}_{kind}'], row['epoch']) for row in history)
+        ax.set_title(f'best {parts[-1]} {kind} {value:.3f}, epoch {epoch}', fontsize=8)
         ax.legend(fontsize=7)
     axes[2].plot(epochs, [row['lr'] for row in history], 'o-', markersize=3, color='tab:grey')
     axes[2].set(xlabel='epoch', ylabel='learning rate')
+    if history: axes[2].set_title(f'{history[0]["lr"]:.2g} in epoch {epochs[0]}, {history[-1]["lr"]:.2g} in epoch {epochs[-1]}', fontsize=8)
     for ax in axes: ax.xaxis.get_major_locator().set_params(integer=True)
     return axes

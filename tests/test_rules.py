@@ -103,7 +103,7 @@ def test_relative_links_lead_somewhere():
 def test_figures_have_alt_texts():
     for path in NOTEBOOKS:
         for cell in cells(path):
-            if any('image/png' in output.get('data', {}) for output in cell.get('outputs', [])):
+            if any('image/' in kind for output in cell.get('outputs', []) for kind in output.get('data', {})):
                 assert '#| fig-alt:' in source(cell) and '#| fig-cap:' in source(cell), f'{path.name}, cell {cell["id"]}'
 
 
