@@ -177,6 +177,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'resnet_cifar.interpret._figure': ('interpret.html#_figure', 'resnet_cifar/interpret.py'),
                                         'resnet_cifar.interpret._read': ('interpret.html#_read', 'resnet_cifar/interpret.py'),
                                         'resnet_cifar.interpret._sections': ('interpret.html#_sections', 'resnet_cifar/interpret.py'),
+                                        'resnet_cifar.interpret._through_jpeg': ( 'interpret.html#_through_jpeg',
+                                                                                  'resnet_cifar/interpret.py'),
                                         'resnet_cifar.interpret._tiles': ('interpret.html#_tiles', 'resnet_cifar/interpret.py'),
                                         'resnet_cifar.interpret._titled': ('interpret.html#_titled', 'resnet_cifar/interpret.py'),
                                         'resnet_cifar.interpret._watching': ('interpret.html#_watching', 'resnet_cifar/interpret.py'),

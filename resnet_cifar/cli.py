@@ -7,7 +7,6 @@ __all__ = ['COMMANDS', 'EvaluateFlags', 'evaluate_command', 'PredictFlags', 'pre
            'InfoFlags', 'info_command', 'BenchFlags', 'bench_command', 'train_command', 'download_command', 'main']
 
 # %% ../nbs/10_cli.ipynb #imports-export
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -63,13 +62,15 @@ def evaluate_command(
     data = load_cifar10(flags.root, flags.skip_checksum)
     precision, images, labels = pick_precision(flags.precision, device), data.test_images[:flags.limit_test], data.test_labels[:flags.limit_test]
     batches = BatchLoader(images, labels, 500, device=device)
-    metrics = evaluate(model, batches, precision=precision)
+    if flags.report is None: metrics, tta = evaluate(model, batches, precision=precision), evaluate(model, batches, precision=precision, tta=True).accuracy if flags.tta else None
+    else:
+        print(f'examining the network on {len(images):,} test images', flush=True)
+        exam = examine(model, images, labels, valid=_unseen(flags.ckpt, data), precision=precision, tta=flags.tta)
+        metrics, tta = exam.metrics, exam.tta_accuracy
     print(f'test accuracy {metrics.accuracy:.4f}, loss {metrics.loss:.4f} ({len(images):,} images, {precision})')
-    if flags.tta: print(f'with mirror images averaged {evaluate(model, batches, precision=precision, tta=True).accuracy:.4f}')
-    for name, count, recall, *rest in class_table(metrics.confusion): print(f'  {name:11}{count:>9}{recall:>8}' + '{:>11}  {}'.format(*rest), flush=True)
-    if flags.report is None: return
-    exam = examine(model, images, labels, valid=_unseen(flags.ckpt, data), precision=precision, tta=flags.tta)
-    print(f'report        {write_report(flags.report, model, exam)}')
+    if tta is not None: print(f'with mirror images averaged {tta:.4f}')
+    for name, count, recall, *rest in class_table(metrics.confusion): print(f'  {name:11}{count:>9}{recall:>8}' + '{:>11}  {}'.format(*rest))
+    if flags.report is not None: print(f'report        {write_report(flags.report, model, exam)}')
 
 # %% ../nbs/10_cli.ipynb #PredictFlags
 @dataclasses.dataclass(frozen=True)

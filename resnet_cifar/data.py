@@ -75,7 +75,7 @@ def show_images(
         rows = -(-len(images)//columns)
         ax = plt.subplots(figsize=(6, 6*rows/columns + 0.3))[1]
     step_y, step_x = images.shape[2] + 2, images.shape[3] + 2 # make_grid leaves two pixels between pictures
-    ax.imshow(make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0), interpolation='nearest')
+    ax.imshow(make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy(), interpolation='nearest')
     for i, title in enumerate([] if titles is None else titles):
         ax.text(i%columns*step_x + 3, i//columns*step_y + 3, str(title), fontsize=min(7, 50/columns), va='top', color='white', bbox=dict(facecolor='black', alpha=0.6, pad=0.5, lw=0))
     ax.set_axis_off()

@@ -12,18 +12,18 @@ __all__ = ['CORRUPTIONS', 'confused_pairs', 'plot_confusion', 'ClassScores', 'cl
 # %% ../nbs/08_interpret.ipynb #imports-export
 import base64
 import contextlib
-import dataclasses
 import html
 import io
 import json
 import math
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def _axes(ax, width, height):
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
-def _titled(ax, title): return ax.set_title(textwrap.fill(title, 62), fontsize=9)
+def _titled(ax, title): return ax.set_title(textwrap.fill(title, round(11*ax.figure.get_figwidth())), fontsize=9)
 
 def plot_confusion(
     confusion:Tensor,          # int64 (classes, classes)
@@ -61,7 +61,7 @@ def plot_confusion(
     from matplotlib.colors import PowerNorm
     ax, totals, pairs = _axes(ax, 5, 4), confusion.sum(1), confused_pairs(confusion, 1)
     share = confusion/totals.clamp(min=1).unsqueeze(1)
-    drawn = ax.imshow(share, cmap='Blues', norm=PowerNorm(0.5, 0, 1))
+    drawn = ax.imshow(share.numpy(), cmap='Blues', norm=PowerNorm(0.5, 0, 1))
     for (row, column), count in zip(torch.cartesian_prod(*[torch.arange(len(classes))]*2).tolist(), confusion.flatten().tolist()):
         if count and len(classes) <= 20: ax.text(column, row, count, ha='center', va='center', fontsize=7, color='white' if share[row, column] > 0.3 else 'black')
     ax.set(xticks=range(len(classes)), yticks=range(len(classes)), xlabel='predicted class', ylabel='true class')
@@ -106,12 +106,12 @@ def plot_class_scores(
     "Precision and recall, a line a class."
     ax, places = _axes(ax, 5, 3), range(len(classes))
     ax.hlines(places, [min(s[:2]) for s in scores], [max(s[:2]) for s in scores], color='tab:grey', lw=1)
-    ax.plot([s.recall for s in scores], places, 'o', color='C0', label='recall: of those that are, called so')
-    ax.plot([s.precision for s in scores], places, 'D', color='C1', fillstyle='none', label='precision: of those called so, that are')
+    ax.plot([s.recall for s in scores], places, 'o', color='C0', label='recall')
+    ax.plot([s.precision for s in scores], places, 'D', color='C1', fillstyle='none', label='precision')
     ax.set(xlabel='share of pictures (0 to 1)', ylabel='class', xlim=(0, 1.02), yticks=places)
     ax.set_yticklabels(classes, fontsize=8)
     ax.invert_yaxis()
-    ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(0.5, -0.42), ncols=2)
+    ax.legend(fontsize=7)
     known = sorted((s.recall, name) for s, name in zip(scores, classes) if s.support)
     _titled(ax, f'{known[-1][1]} is recognised most often ({known[-1][0]:.2f} of them), {known[0][1]} least often ({known[0][0]:.2f})')
     return ax
@@ -190,8 +190,8 @@ def plot_calibration(
     ax = _axes(ax, 4.6, 3.4)
     ax.plot([0, 1], [0, 1], color='tab:grey', lw=1, label='as right as sure')
     for (name, c), style, color in zip(calibrations.items(), ('o-', 's--', '^:'), ('C0', 'C1', 'C2')):
-        confidence, accuracy, counts = (values[c.counts >= 5] for values in c[:3])
-        ax.errorbar(confidence, accuracy, (accuracy*(1 - accuracy)/counts).sqrt(), fmt=style, color=color, ms=4, lw=1, elinewidth=0.6, label=f'{name}: calibration error {c.error:.3f}')
+        confidence, accuracy, counts = (values[c.counts >= 5].numpy() for values in c[:3])
+        ax.errorbar(confidence, accuracy, (accuracy*(1 - accuracy)/counts)**0.5, fmt=style, color=color, ms=4, lw=1, elinewidth=0.6, label=f'{name}: calibration error {c.error:.3f}')
     ax.set(xlabel='highest probability (mean of a bin)', ylabel='share of right answers (0 to 1)', xlim=(0, 1.02), ylim=(0, 1.02))
     ax.legend(fontsize=7)
     says = lambda c: f'{"surer" if c.surplus > 0 else "less sure"} than right by {abs(c.surplus):.2f}'
@@ -293,14 +293,14 @@ def plot_activations(
     ax:Any=None,     # matplotlib `Axes` to draw on; new ones when left out
 )->Any:              # the `Axes`
     "A row a stage, its most active channels first, each on its own scale: white is its largest number, black is 0."
-    rows, size = [], next(iter(maps.values())).shape[2:]
+    rows, size, channels = [], next(iter(maps.values())).shape[2:], min(channels, *(stage.shape[1] for stage in maps.values()))
     for stage in maps.values():
         chosen = stage[image][stage[image].mean((1, 2)).argsort(descending=True, stable=True)[:channels]]
         tiles = F.interpolate((chosen/chosen.amax((1, 2), keepdim=True).clamp(min=1e-12)).unsqueeze(0), size, mode='nearest')[0]
         rows.append(torch.cat([F.pad(tile, (1, 1, 1, 1), value=0.5) for tile in tiles], dim=1))
     ax = _axes(ax, 0.55*channels + 1, 0.55*len(rows) + 0.6)
-    ax.imshow(torch.cat(rows), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-    ax.set(xlabel=f'the {channels} most active channels, strongest left', ylabel='stage', xticks=[], yticks=[(size[0] + 2)*(i + 0.5) for i in range(len(rows))])
+    ax.imshow(torch.cat(rows).numpy(), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
+    ax.set(xlabel='most active channels, strongest left', ylabel='stage', xticks=[], yticks=[(size[0] + 2)*(i + 0.5) for i in range(len(rows))])
     ax.set_yticklabels([f'{name}, {stage.shape[2]} x {stage.shape[3]}' for name, stage in maps.items()], fontsize=8)
     zeros = {name: (stage==0).float().mean().item() for name, stage in maps.items()}
     _titled(ax, ', '.join(f'{zeros[name]:.0%} of {name}' for name in (next(iter(zeros)), next(reversed(zeros)))) + ' is 0')
@@ -324,6 +324,13 @@ CORRUPTIONS = { # kind -> five strengths
     'jpeg':     (80, 65, 58, 50, 40),           # quality
 }
 
+def _through_jpeg(image, quality):
+    "One picture, written and read again."
+    from PIL import Image
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, 'JPEG', quality=quality)
+    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+
 def corrupt(
     images:Tensor, # uint8 (N, 3, H, W) on the CPU
     kind:str,      # one of `CORRUPTIONS`; any other is a `ValueError`
@@ -337,7 +344,7 @@ def corrupt(
     amount, images = CORRUPTIONS[kind][strength - 1], images.contiguous()
     if kind=='blur': return TF.gaussian_blur(images, 2*math.ceil(4*amount) + 1, amount)
     if kind=='contrast': return TF.adjust_contrast(images, amount)
-    if kind=='jpeg': return TF.jpeg(images, amount)
+    if kind=='jpeg': return torch.stack([_through_jpeg(image, amount) for image in images])
     return (images + 255*amount*torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/08_interpret.ipynb #corruption_accuracy
@@ -451,7 +458,7 @@ def examine(
     tta_accuracy = evaluate(model, _batches(model, images, targets), precision=precision, tta=True).accuracy if tta else None
     return Examination(images, targets, log_p.exp(), _metrics_of(log_p, targets), tta_accuracy, calibrations, temperature, corruption_accuracy(model, *few, precision), len(few[0]), precision)
 
-# %% ../nbs/08_interpret.ipynb #write_report-parts
+# %% ../nbs/08_interpret.ipynb #write_report-page
 _PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -459,10 +466,11 @@ _PAGE = '''<!doctype html>
 :root {{ color-scheme: light dark }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word }}
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem }}
-img {{ max-width: 100%; height: auto }}
-table {{ border-collapse: collapse; font-size: .9rem; width: 100% }}
-th, td {{ text-align: right; padding: .15rem .4rem; border-bottom: 1px solid #8886 }} th:first-child, td:last-child, th:last-child {{ text-align: left }}
+img {{ max-width: 100%; height: auto }} picture {{ display: block; margin-top: 1rem }}
+.table {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .8rem; width: 100% }}
+th, td {{ text-align: right; padding: .15rem .25rem; border-bottom: 1px solid #8886 }} th:first-child, td:last-child, th:last-child {{ text-align: left }}
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem }}
+.wide {{ grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }}
 .tiles figure {{ margin: 0 }} .tiles img {{ width: 100%; image-rendering: pixelated }} .tiles figcaption {{ font-size: .8rem; line-height: 1.25 }}
 </style></head><body><main>
 <h1>{title}</h1>
@@ -470,9 +478,10 @@ th, td {{ text-align: right; padding: .15rem .4rem; border-bottom: 1px solid #88
 </main></body></html>
 '''
 
+# %% ../nbs/08_interpret.ipynb #write_report-parts
 def _data_uri(png): return 'data:image/png;base64,' + base64.b64encode(png).decode()
 
-def _figure(draw, kind, width=4.8, height=3.6):
+def _figure(draw, kind, width=3.9, height=3.1):
     "An `<img>` of a plot function's picture in light and dark; its alt text is what it is and what its title says."
     import matplotlib
     from matplotlib import style
@@ -482,12 +491,12 @@ def _figure(draw, kind, width=4.8, height=3.6):
         with style.context(theme), matplotlib.rc_context({'savefig.transparent': True}):
             figure, buffer = Figure(figsize=(width, height), layout='constrained'), io.BytesIO()
             ax = draw(figure.subplots())
-            figure.savefig(buffer, dpi=160)
+            figure.savefig(buffer, dpi=180)
             pngs.append(_data_uri(buffer.getvalue()))
     alt = html.escape(f'{kind}. {" ".join(ax.get_title().split())}.')
     return f'<picture><source media="(prefers-color-scheme: dark)" srcset="{pngs[1]}"><img src="{pngs[0]}" alt="{alt}" width="{round(130*width)}"></picture>'
 
-def _tiles(images, texts):
+def _tiles(images, texts, kind='tiles'):
     "Small pictures with words below them."
     from PIL import Image
     parts = []
@@ -495,7 +504,7 @@ def _tiles(images, texts):
         buffer = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, 'PNG')
         parts.append(f'<figure><img src="{_data_uri(buffer.getvalue())}" alt="{html.escape(text)}"><figcaption>{html.escape(text)}</figcaption></figure>')
-    return f'<div class="tiles">{"".join(parts)}</div>'
+    return f'<div class="{kind}">{"".join(parts)}</div>'
 
 # %% ../nbs/08_interpret.ipynb #write_report-sections
 def _answer_texts(exam, places, classes):
@@ -510,8 +519,8 @@ def _sections(model, exam, classes):
     wrong, right = (surest(exam.probabilities, exam.targets, hit, 20) for hit in (False, True))
     header, *rows = class_table(exam.metrics.confusion, classes)
     cells = lambda row, tag: '<tr>' + ''.join(f'<{"th" if i==0 else tag}>{html.escape(text)}</{"th" if i==0 else tag}>' for i, text in enumerate(row)) + '</tr>'
-    yield 'Class by class', f'<table>{cells(header, "th")}{"".join(cells(row, "td") for row in rows)}</table>' + _figure(lambda ax: plot_class_scores(class_scores(exam.metrics.confusion), classes, ax), 'Recall and precision of each class')
-    yield 'What is taken for what', _figure(lambda ax: plot_confusion(exam.metrics.confusion, classes, ax), 'Confusion matrix', height=4.2)
+    yield 'Class by class', f'<div class="table"><table>{cells(header, "th")}{"".join(cells(row, "td") for row in rows)}</table></div>' + _figure(lambda ax: plot_class_scores(class_scores(exam.metrics.confusion), classes, ax), 'Recall and precision of each class')
+    yield 'What is taken for what', _figure(lambda ax: plot_confusion(exam.metrics.confusion, classes, ax), 'Confusion matrix', width=4.4, height=4)
     for heading, places in (('Wrong, and sure of it', wrong), ('Right, and sure of it', right)):
         if len(places): yield heading, _tiles(exam.images[places], _answer_texts(exam, places, classes))
     yield 'How far it can be trusted', _figure(lambda ax: plot_calibration(exam.calibrations, ax), 'Reliability curve') + (
@@ -520,13 +529,13 @@ def _sections(model, exam, classes):
         if not len(places): continue
         cams = grad_cam(model, ready(exam.images[places]), getattr(model, f'layer{model.num_stages}')).cpu()
         both = torch.cat([exam.images[places], spotlight(exam.images[places], cams)], dim=3) # side by side
-        yield heading, '<p>Grad-CAM of the last stage: bright is what speaks for the class that was named.</p>' + _tiles(both, _answer_texts(exam, places, classes))
+        yield heading, '<p>Grad-CAM of the last stage: bright is what speaks for the class that was named.</p>' + _tiles(both, _answer_texts(exam, places, classes), 'tiles wide')
     again = variants(exam.images[0], 10)
     told = predict(model, [ready(again)])
     yield 'One picture as training shows it', _tiles(again, _answer_texts(exam._replace(probabilities=told, targets=exam.targets[:1].expand(10)), slice(None), classes))
     yield 'Worse pictures', _figure(lambda ax: plot_corruptions(exam.corruptions, ax), f'Accuracy on {exam.num_corrupted:,} corrupted pictures')
-    yield 'First filters', _figure(lambda ax: plot_filters(first_filters(model), 16, ax), 'Filters of the first convolution', height=1.8)
-    yield 'Stage by stage', _figure(lambda ax: plot_activations(activations(model, ready(exam.images[:1])), ax=ax), 'Activations of the first picture', height=3.4)
+    yield 'First filters', _figure(lambda ax: plot_filters(first_filters(model), 16, ax), 'Filters of the first convolution', height=0.8)
+    yield 'Stage by stage', _figure(lambda ax: plot_activations(activations(model, ready(exam.images[:1])), channels=6, ax=ax), 'Activations of the first picture', height=0.5*model.num_stages + 1)
 
 # %% ../nbs/08_interpret.ipynb #write_report
 def report_metrics(
