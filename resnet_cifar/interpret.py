@@ -220,7 +220,7 @@ def grad_cam(
         with _watching([layer]) as (seen,), torch.enable_grad():
             logits = model.eval()(images.detach().clone().requires_grad_()) # so that there are gradients even where the weights are frozen
             if not seen or seen[-1].ndim!=4: raise ValueError('layer must be a module of the model that gives maps (N, C, h, w)')
-            chosen = logits.argmax(1) if classes is None else classes
+            chosen = logits.argmax(1) if classes is None else classes.to(logits.device)
             gradients, = torch.autograd.grad(logits.gather(1, chosen.view(-1, 1)).sum(), seen[-1])
     finally: model.train(training)
     cam = (gradients.mean((2, 3), keepdim=True)*seen[-1].detach()).sum(1, keepdim=True).relu().float()
@@ -349,9 +349,18 @@ def corrupt(
 
 # %% ../nbs/08_interpret.ipynb #corruption_accuracy
 def _batches(model, images, targets):
-    "Pictures as the model wants them, on its device."
+    "Batches as the model wants them, on its device."
     facts = facts_of(model)
     return BatchLoader(images, targets, 500, device=next(model.parameters()).device, mean=facts['mean'], std=facts['std'])
+
+def _ready(model, images):
+    "A few pictures as the model wants them, on its device."
+    facts, device = facts_of(model), next(model.parameters()).device
+    return normalize(images.to(device, memory_format=torch.channels_last), facts['mean'], facts['std'])
+
+def _cams(model, images, classes=None):
+    "Grad-CAM of the last stage, on the CPU."
+    return grad_cam(model, _ready(model, images), getattr(model, f'layer{model.num_stages}'), classes).cpu()
 
 def corruption_accuracy(
     model:nn.Module,      # gives logits; its mode is restored afterwards
@@ -397,13 +406,13 @@ def predict_files(
     batch_size:int=64,    # pictures in memory at a time
 )->Iterator[Answer]:      # in the order of `paths`
     "Read files and classify them."
-    facts, device = facts_of(model), next(model.parameters()).device
+    size = facts_of(model)['image_size']
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start in range(0, len(paths), batch_size):
             chunk = paths[start:start + batch_size]
-            read = list(pool.map(lambda path: _read(path, facts['image_size']), chunk))
+            read = list(pool.map(lambda path: _read(path, size), chunk))
             images = [image for image, _ in read if image is not None]
-            if images: told = iter(predict(model, [normalize(torch.stack(images).to(device, memory_format=torch.channels_last), facts['mean'], facts['std'])], precision=precision))
+            if images: told = iter(predict(model, [_ready(model, torch.stack(images))], precision=precision))
             for path, (image, error) in zip(chunk, read): yield Answer(Path(path), image, None if image is None else next(told), error)
 
 # %% ../nbs/08_interpret.ipynb #write_explanation
@@ -414,13 +423,11 @@ def write_explanation(
 )->None:
     "A PNG: the 32x32 pixels that the network saw, beside them Grad-CAM's spotlight for the class that it named, and its words."
     from PIL import Image, ImageDraw, ImageFont
-    facts, best = facts_of(model), answer.probabilities.argmax()
-    images = answer.image.unsqueeze(0)
-    cam = grad_cam(model, normalize(images.to(next(model.parameters()).device), facts['mean'], facts['std']), getattr(model, f'layer{model.num_stages}'), best.view(1).to(next(model.parameters()).device)).cpu()
-    both = torch.cat([images, spotlight(images, cam)], dim=3)[0].permute(1, 2, 0).numpy()
+    images, best = answer.image.unsqueeze(0), answer.probabilities.argmax()
+    both = torch.cat([images, spotlight(images, _cams(model, images, best.view(1)))], dim=3)[0].permute(1, 2, 0).numpy()
     drawn = Image.new('RGB', (516, 288), 'white')
     drawn.paste(Image.fromarray(both).resize((512, 256), Image.Resampling.NEAREST), (2, 2))
-    ImageDraw.Draw(drawn).text((8, 262), f'{facts["classes"][best]} {answer.probabilities[best]:.3f}', fill='black', font=ImageFont.load_default(18))
+    ImageDraw.Draw(drawn).text((8, 262), f'{facts_of(model)["classes"][best]} {answer.probabilities[best]:.3f}', fill='black', font=ImageFont.load_default(18))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary: drawn.save(temporary)
 
@@ -496,6 +503,12 @@ def _figure(draw, kind, width=3.9, height=3.1):
     alt = html.escape(f'{kind}. {" ".join(ax.get_title().split())}.')
     return f'<picture><source media="(prefers-color-scheme: dark)" srcset="{pngs[1]}"><img src="{pngs[0]}" alt="{alt}" width="{round(130*width)}"></picture>'
 
+def _table(rows):
+    "Rows of texts; the first row and the first column are headers."
+    cell = lambda text, tag: f'<{tag}>{html.escape(text)}</{tag}>'
+    lines = [''.join(cell(text, 'th' if i==0 or j==0 else 'td') for j, text in enumerate(row)) for i, row in enumerate(rows)]
+    return f'<div class="table"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
 def _tiles(images, texts, kind='tiles'):
     "Small pictures with words below them."
     from PIL import Image
@@ -514,12 +527,8 @@ def _answer_texts(exam, places, classes):
 
 def _sections(model, exam, classes):
     "(heading, HTML) of each part of the report."
-    device, (mean, std) = next(model.parameters()).device, (facts_of(model)[k] for k in ('mean', 'std'))
-    ready = lambda images: normalize(images.to(device), mean, std)
     wrong, right = (surest(exam.probabilities, exam.targets, hit, 20) for hit in (False, True))
-    header, *rows = class_table(exam.metrics.confusion, classes)
-    cells = lambda row, tag: '<tr>' + ''.join(f'<{"th" if i==0 else tag}>{html.escape(text)}</{"th" if i==0 else tag}>' for i, text in enumerate(row)) + '</tr>'
-    yield 'Class by class', f'<div class="table"><table>{cells(header, "th")}{"".join(cells(row, "td") for row in rows)}</table></div>' + _figure(lambda ax: plot_class_scores(class_scores(exam.metrics.confusion), classes, ax), 'Recall and precision of each class')
+    yield 'Class by class', _table(class_table(exam.metrics.confusion, classes)) + _figure(lambda ax: plot_class_scores(class_scores(exam.metrics.confusion), classes, ax), 'Recall and precision of each class')
     yield 'What is taken for what', _figure(lambda ax: plot_confusion(exam.metrics.confusion, classes, ax), 'Confusion matrix', width=4.4, height=4)
     for heading, places in (('Wrong, and sure of it', wrong), ('Right, and sure of it', right)):
         if len(places): yield heading, _tiles(exam.images[places], _answer_texts(exam, places, classes))
@@ -527,15 +536,15 @@ def _sections(model, exam, classes):
         '' if exam.temperature else '<p>No temperature was fitted: there are no validation pictures of which it is known that the network has not learned from them.</p>')
     for heading, places in (('What it went by: wrong answers', wrong[:8]), ('What it went by: right answers', right[:8])):
         if not len(places): continue
-        cams = grad_cam(model, ready(exam.images[places]), getattr(model, f'layer{model.num_stages}')).cpu()
-        both = torch.cat([exam.images[places], spotlight(exam.images[places], cams)], dim=3) # side by side
+        both = torch.cat([exam.images[places], spotlight(exam.images[places], _cams(model, exam.images[places]))], dim=3) # side by side
         yield heading, '<p>Grad-CAM of the last stage: bright is what speaks for the class that was named.</p>' + _tiles(both, _answer_texts(exam, places, classes), 'tiles wide')
     again = variants(exam.images[0], 10)
-    told = predict(model, [ready(again)])
+    told = predict(model, [_ready(model, again)])
     yield 'One picture as training shows it', _tiles(again, _answer_texts(exam._replace(probabilities=told, targets=exam.targets[:1].expand(10)), slice(None), classes))
     yield 'Worse pictures', _figure(lambda ax: plot_corruptions(exam.corruptions, ax), f'Accuracy on {exam.num_corrupted:,} corrupted pictures')
-    yield 'First filters', _figure(lambda ax: plot_filters(first_filters(model), 16, ax), 'Filters of the first convolution', height=0.8)
-    yield 'Stage by stage', _figure(lambda ax: plot_activations(activations(model, ready(exam.images[:1])), channels=6, ax=ax), 'Activations of the first picture', height=0.5*model.num_stages + 1)
+    filters = first_filters(model)
+    yield 'First filters', _figure(lambda ax: plot_filters(filters, 16, ax), 'Filters of the first convolution', height=0.5 + 0.25*-(-len(filters)//16))
+    yield 'Stage by stage', _figure(lambda ax: plot_activations(activations(model, _ready(model, exam.images[:1])), channels=6, ax=ax), 'Activations of the first picture', height=0.5*model.num_stages + 1)
 
 # %% ../nbs/08_interpret.ipynb #write_report
 def report_metrics(

@@ -1,6 +1,9 @@
 "What the chapter on interpretation cannot show: independent implementations, odd files, whole commands, the report in a browser."
+import base64
+import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -78,6 +81,51 @@ def test_scores_by_counting():
     for c, score in enumerate(class_scores(confusion)):
         both = sum(s==c and t==c for s, t in zip(said.tolist(), true.tolist()))
         assert score==(both/said.tolist().count(c), both/true.tolist().count(c), true.tolist().count(c))
+
+
+# --- plots ---
+
+def test_every_plot_says_what_it_shows():
+    "Axes with labels, a title, and lines that differ in more than colour."
+    import inspect
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib.figure import Figure
+    from resnet_cifar.training import plot_history
+    sample, model = sample_cifar10(), thin()
+    images, targets = sample.test_images[:40], sample.test_labels[:40]
+    exam = examine(model, images, targets, valid=(images, targets), num_corrupted=20)
+    confusion = exam.metrics.confusion
+    history = [dict(epoch=e, lr=0.1/(e + 1), train_loss=2 - e/4, valid_loss=2 - e/5, train_accuracy=e/5, valid_accuracy=e/6) for e in range(4)]
+    draws = dict(
+        plot_confusion=lambda ax: interpret.plot_confusion(confusion, ax=ax), plot_class_scores=lambda ax: interpret.plot_class_scores(class_scores(confusion), ax=ax),
+        plot_answers=lambda ax: interpret.plot_answers(images, exam.probabilities, targets, ax=ax), plot_calibration=lambda ax: interpret.plot_calibration(exam.calibrations, ax=ax),
+        plot_cams=lambda ax: interpret.plot_cams(images[:4], torch.rand(4, 32, 32), ax=ax), plot_filters=lambda ax: interpret.plot_filters(interpret.first_filters(model), ax=ax),
+        plot_activations=lambda ax: interpret.plot_activations(interpret.activations(model, torch.randn(1, 3, 32, 32)), ax=ax), plot_corruptions=lambda ax: interpret.plot_corruptions(exam.corruptions, ax=ax))
+    assert set(draws)=={name for name, f in vars(interpret).items() if name.startswith('plot_') and inspect.isfunction(f)}
+    def check(ax, name):
+        assert len(ax.get_title()) > 10, name
+        if ax.axison: assert ax.get_xlabel() and ax.get_ylabel(), name
+        lines = [line for line in ax.get_lines() if line.get_label()[0]!='_' or len(line.get_xdata()) > 2]
+        styles = [(line.get_linestyle(), line.get_marker(), line.get_fillstyle()) for line in lines]
+        assert len(set(styles))==len(styles), f'{name}: {styles}'
+    for name, draw in draws.items():
+        ax = Figure(figsize=(4, 3)).subplots()
+        assert draw(ax) is ax
+        check(ax, name)
+    for ax in plot_history(history, Figure().subplots(1, 3)): check(ax, 'plot_history')
+
+
+def test_a_perfect_network_and_a_single_picture(tmp_path):
+    "No mistake, or nothing but one, and nine classes without pictures: the report is written all the same."
+    model, image = thin(), sample_cifar10().test_images[:1]
+    said = interpret.predict(model, [interpret._ready(model, image)]).argmax(1)
+    for target, heading in ((said, 'Right, and sure of it'), ((said + 1)%10, 'Wrong, and sure of it')):
+        exam = examine(model, image, target)
+        assert exam.metrics.accuracy==(target==said).item()
+        page = write_report(tmp_path, model, exam).read_text()
+        assert ('Right, and sure of it' in page, 'Wrong, and sure of it' in page)==(heading[0]=='R', heading[0]=='W')
+        assert 'nan' not in page.replace('base64,', '').split('data:')[0]
 
 
 # --- odd files ---
@@ -287,16 +335,13 @@ def test_report_in_a_browser(report, scheme, width):
         assert len(pictures) > 40 and all(alt.strip() and natural > 0 and right <= width for alt, natural, right, _ in pictures)
         assert page.evaluate('document.documentElement.scrollWidth')==width # nothing to scroll sideways
         assert page.evaluate('Math.min(...[...document.querySelectorAll("p, td, th, figcaption, h2")].map(e => parseFloat(getComputedStyle(e).fontSize)))') >= 12
-        backdrop = Image.open(__import__('io').BytesIO(page.screenshot())).convert('L').getpixel((2, 2))
+        backdrop = Image.open(io.BytesIO(page.screenshot())).convert('L').getpixel((2, 2))
         assert backdrop > 200 if scheme=='light' else backdrop < 60
         browser.close()
 
 
 def test_report_figures_differ_by_theme(report):
     "Each plot is there for light and for dark; dark ones have light lines on a clear ground."
-    import base64
-    import io
-    import re
     both = re.findall(r'srcset="data:image/png;base64,([^"]+)"><img src="data:image/png;base64,([^"]+)"', report.read_text())
     assert len(both)==6
     for dark, light in both:
