@@ -312,6 +312,7 @@ def _model_of(facts, content, where):
     except ValueError as e: raise ValueError(f'{where}: {e}') from None
     if model.fc.out_features!=len(cfg['classes']): raise ValueError(f'{where}: {model.fc.out_features} classes need as many names')
     model = load_weights(model.to_empty(device='cpu'), content, where)
+    if wrong := _not_finite(model.state_dict()): raise ValueError(f'{where}: {wrong} is not finite')
     model.pretrained_cfg = cfg
     return model.eval()
 

@@ -7,10 +7,12 @@ __all__ = ['COMMANDS', 'EvaluateFlags', 'evaluate_command', 'PredictFlags', 'pre
            'InfoFlags', 'info_command', 'BenchFlags', 'bench_command', 'train_command', 'download_command', 'main']
 
 # %% ../nbs/10_cli.ipynb #imports-export
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -38,7 +40,7 @@ def _unseen(ckpt, data):
     "(images, labels) that the run behind a checkpoint set aside; `None` where it set none aside, or where nobody knows."
     from resnet_cifar.checkpoint import load_checkpoint
     from resnet_cifar.data import split_train_valid
-    try: size = load_checkpoint(ckpt)['config']['valid_size']
+    try: size = (load_checkpoint(ckpt).get('config') or {}).get('valid_size', 0)
     except (FileNotFoundError, ValueError): return None # weights alone
     places = split_train_valid(data.train_labels, size)[1]
     return (data.train_images[places], data.train_labels[places]) if size else None
@@ -51,17 +53,17 @@ def evaluate_command(
     if flags.limit_test is not None and flags.limit_test < 1: raise ValueError(f'--limit_test {flags.limit_test}: must be at least 1')
     if flags.report is not None: _require_writable('--report', flags.report)
     import torch
-    from resnet_cifar.checkpoint import load_model
-    from resnet_cifar.data import CLASSES, BatchLoader, load_cifar10
-    from resnet_cifar.interpret import class_table, examine, write_report
+    from resnet_cifar.checkpoint import facts_of, load_model
+    from resnet_cifar.data import CLASSES, load_cifar10
+    from resnet_cifar.interpret import _batches, class_table, examine, write_report
     from resnet_cifar.trainer import pick_device
     from resnet_cifar.training import evaluate, pick_precision
     device = pick_device(flags.device)
     model = load_model(flags.ckpt).to(device, memory_format=torch.channels_last)
-    if model.fc.out_features!=len(CLASSES): raise ValueError(f'--ckpt {flags.ckpt}: a network of {model.fc.out_features} classes, CIFAR-10 has {len(CLASSES)}')
+    if (classes := facts_of(model)['classes'])!=list(CLASSES): raise ValueError(f"--ckpt {flags.ckpt}: its {len(classes)} classes ({', '.join(classes[:3])}, …) are not CIFAR-10's")
     data = load_cifar10(flags.root, flags.skip_checksum)
     precision, images, labels = pick_precision(flags.precision, device), data.test_images[:flags.limit_test], data.test_labels[:flags.limit_test]
-    batches = BatchLoader(images, labels, 500, device=device)
+    batches = _batches(model, images, labels)
     if flags.report is None: metrics, tta = evaluate(model, batches, precision=precision), evaluate(model, batches, precision=precision, tta=True).accuracy if flags.tta else None
     else:
         print(f'examining the network on {len(images):,} test images', flush=True)
@@ -70,32 +72,49 @@ def evaluate_command(
     print(f'test accuracy {metrics.accuracy:.4f}, loss {metrics.loss:.4f} ({len(images):,} images, {precision})')
     if tta is not None: print(f'with mirror images averaged {tta:.4f}')
     for name, count, recall, *rest in class_table(metrics.confusion): print(f'  {name:11}{count:>9}{recall:>8}' + '{:>11}  {}'.format(*rest))
-    if flags.report is not None: print(f'report        {write_report(flags.report, model, exam)}')
+    if flags.report is not None: print(f'report        {write_report(flags.report, model, exam, f"{flags.ckpt} on {len(images):,} test images of CIFAR-10")}')
 
 # %% ../nbs/10_cli.ipynb #PredictFlags
 @dataclasses.dataclass(frozen=True)
 class PredictFlags:
     "Say what is in pictures: files, or folders with all pictures in them. One that cannot be read is told on stderr, and the exit code is 1."
     ckpt:str                           # run folder (its best checkpoint, else its last), checkpoint, folder of `save_pretrained`, or .safetensors
-    images:tuple[str, ...]=dataclasses.field(default=(), metadata=dict(positional=True)) # files or folders, any number
+    images:tuple[str, ...]=dataclasses.field(default=(), metadata=dict(positional=True)) # files or folders, any number, one behind the other
     top_k:int=3                        # so many classes for each picture, the most probable first
-    json:bool=False                    # one JSON object a line: file, class, probability, probabilities (of the top k)
+    json:bool=False                    # one JSON object a line: file, class, probability, probabilities (of the top k); or file and error
     explain:str|None=None              # write a picture for each file into this folder: what the network saw, and what it went by (Grad-CAM)
     precision:Literal['auto', 'fp32', 'bf16']='auto' # auto: bf16 where the machine computes with it, else fp32
     device:Literal['auto', 'cpu', 'cuda', 'mps']='auto' # auto: the GPU if there is one
 
 # %% ../nbs/10_cli.ipynb #predict_command
-def _printable(text): return ''.join(c if c.isprintable() else '?' for c in text) # file names may hold anything
+def _printable(text):
+    "Text for one line of this terminal: file names may hold anything."
+    encoding = getattr(sys.stdout, 'encoding', None) or 'ascii'
+    return ''.join(c if c.isprintable() else '?' for c in text).encode(encoding, 'replace').decode(encoding)
 
-def _answer_lines(answer, classes, top_k, as_json):
+@contextlib.contextmanager
+def _quiet():
+    "Nobody else writes to stderr while the block runs: libtiff does, past Python, and so do Pillow's warnings."
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        os.dup2(kept, 2)
+        for number in (kept, nowhere): os.close(number)
+
+def _answer_lines(answer, classes, top_k, as_json, explanation):
     "What to print of one picture."
     probabilities, places = answer.probabilities.sort(descending=True, stable=True)
     told = {classes[i]: round(p, 6) for p, i in zip(probabilities[:top_k].tolist(), places.tolist())}
     if as_json:
         best = next(iter(told))
-        return json.dumps(dict(file=str(answer.path), **{'class': best}, probability=told[best], probabilities=told))
-    full = '█' if 'utf' in (sys.stdout.encoding or '').lower() else '#'
-    return '\n'.join([_printable(str(answer.path)), *(f'  {_printable(name):12}{p:6.3f}  {full*round(30*p)}'.rstrip() for name, p in told.items())])
+        return json.dumps({'file': str(answer.path), 'class': best, 'probability': told[best], 'probabilities': told} | ({'explanation': str(explanation)} if explanation else {}))
+    full = '█' if _printable('█')=='█' else '#'
+    return '\n'.join([_printable(str(answer.path)), *(f'  {_printable(name):12}{p:6.3f}  {full*round(30*p)}'.rstrip() for name, p in told.items()), *([f'  {_printable(str(explanation))}'] if explanation else [])])
 
 def predict_command(
     argv:list, # the words after `predict`
@@ -104,25 +123,34 @@ def predict_command(
     flags = parse_flags(PredictFlags, argv, prog='resnet-cifar predict')
     if not flags.images: raise ValueError('which pictures? Name files or folders: resnet-cifar predict --ckpt RUN cat.jpg')
     _require_range('top_k', flags.top_k, 1)
-    if missing := [path for path in flags.images if not os.path.exists(path)]: raise FileNotFoundError(f'{_printable(missing[0])}: no such file or folder')
-    if flags.explain is not None: _require_writable('--explain', flags.explain)
+    for path in flags.images: # known before PyTorch is loaded
+        if not os.path.exists(path): raise FileNotFoundError(f'{_printable(path)}: no such file or folder')
+    if flags.explain is not None:
+        _require_writable('--explain', flags.explain)
+        for path in flags.images: # or its pictures would be answered the next time
+            if os.path.isdir(path) and Path(flags.explain).resolve().is_relative_to(Path(path).resolve()): raise ValueError(f'--explain {flags.explain}: lies in the folder {_printable(path)} that is to be answered; give another one')
     import torch
     from resnet_cifar.checkpoint import facts_of, load_model
     from resnet_cifar.data import list_images
     from resnet_cifar.interpret import predict_files, write_explanation
     from resnet_cifar.trainer import pick_device
     from resnet_cifar.training import pick_precision
-    device, paths, failed = pick_device(flags.device), list_images(flags.images), False
+    device, paths, failed, number = pick_device(flags.device), list_images(flags.images), False, 0
     model = load_model(flags.ckpt).to(device, memory_format=torch.channels_last)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # Pillow's, of files that it reads all the same
-        for number, answer in enumerate(predict_files(model, paths, precision=pick_precision(flags.precision, device)), 1):
-            if answer.error is None:
-                print(_answer_lines(answer, facts_of(model)['classes'], flags.top_k, flags.json), flush=True)
-                if flags.explain is not None: write_explanation(Path(flags.explain)/f'{number:04}-{_printable(answer.path.stem)[:80]}.png', model, answer)
-            else:
-                failed = True
-                print(f'error: {_printable(answer.error)}', file=sys.stderr, flush=True)
+    answers = predict_files(model, paths, precision=pick_precision(flags.precision, device))
+    while True:
+        with _quiet(): answer = next(answers, None)
+        if answer is None: break
+        number += 1
+        if answer.error is None:
+            name = re.sub(r'[^\w.-]+', '_', answer.path.stem).encode()[:150].decode(errors='ignore') # for any file system
+            explanation = None if flags.explain is None else Path(flags.explain)/f'{number:04}-{name}.png'
+            if explanation: write_explanation(explanation, model, answer)
+            print(_answer_lines(answer, facts_of(model)['classes'], flags.top_k, flags.json, explanation), flush=True)
+        else:
+            failed = True
+            if flags.json: print(json.dumps(dict(file=str(answer.path), error=answer.error)), flush=True)
+            print(f'error: {_printable(answer.error)}', file=sys.stderr, flush=True)
     return int(failed)
 
 # %% ../nbs/10_cli.ipynb #ExportFlags
@@ -175,7 +203,8 @@ def info_command(
 )->None:
     "The command `resnet-cifar info [NAME]`."
     flags = parse_flags(InfoFlags, argv, prog='resnet-cifar info')
-    if flags.name is not None: _require_one_of('name', flags.name.lower(), MODELS)
+    if flags.name is not None and flags.name.lower() not in MODELS:
+        raise ValueError(f'no network {flags.name}: did you mean {difflib.get_close_matches(flags.name.lower(), MODELS, n=1, cutoff=0)[0]}? `resnet-cifar info` lists all')
     _require_range('image_size', flags.image_size, 8, 4096)
     _require_range('num_classes', flags.num_classes, 1, 1_000_000)
     import torch

@@ -68,16 +68,18 @@ def show_images(
     columns:int=10,    # pictures in a row
     ax:Any=None,       # matplotlib `Axes` to draw on; a new one when left out
 )->Any:                # the `Axes`
-    "Pictures side by side on one `Axes`."
+    "Pictures side by side on one `Axes`; none at all are a `ValueError`."
+    if not len(images): raise ValueError('there are no pictures to show')
     import matplotlib.pyplot as plt
     from torchvision.utils import make_grid
     if ax is None:
         rows = -(-len(images)//columns)
         ax = plt.subplots(figsize=(6, 6*rows/columns + 0.3))[1]
     step_y, step_x = images.shape[2] + 2, images.shape[3] + 2 # make_grid leaves two pixels between pictures
-    ax.imshow(make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy(), interpolation='nearest')
+    grid, seen = (make_grid(x, nrow=columns, padding=2) for x in (images, torch.full_like(images, 255)))
+    ax.imshow(torch.cat([grid, seen[:1]]).permute(1, 2, 0).numpy(), interpolation='nearest') # what lies between is transparent
     for i, title in enumerate([] if titles is None else titles):
-        ax.text(i%columns*step_x + 3, i//columns*step_y + 3, str(title), fontsize=min(7, 50/columns), va='top', color='white', bbox=dict(facecolor='black', alpha=0.6, pad=0.5, lw=0))
+        ax.text(i%columns*step_x + 3, i//columns*step_y + 3, str(title), fontsize=min(6, 50/columns), va='top', color='white', bbox=dict(facecolor='black', alpha=0.6, pad=0.5, lw=0))
     ax.set_axis_off()
     return ax
 
@@ -251,12 +253,13 @@ def load_image(
     path:str|os.PathLike, # AVIF, BMP, GIF, ICO, JPEG, JPEG 2000, PNG, PPM, TGA, TIFF or WebP
     size:int=32,          # height and width of the result in pixels
 )->Tensor:                # uint8 (3, size, size)
-    "A picture as a network sees it: upright, on white, the middle square, averaged down. What cannot be read, or has more than 178,956,970 pixels, is a `ValueError` of one line."
+    "A picture as a network sees it: upright, on white, the middle square, averaged down. What is no picture, is damaged, or has more than 178,956,970 pixels, is a `ValueError` of one line; what is not there or forbidden an `OSError`."
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()): raise ValueError('a pipe or a device') # reading it might never end
         with Image.open(path, formats=_formats()) as image:
             image.draft(image.mode, (4*size, 4*size)) # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves four times as much as is needed
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = (image.width - side)//2, (image.height - side)//2
             image = _as_rgb(image.crop((left, top, left + side, top + side)))
@@ -268,15 +271,17 @@ def load_image(
 
 # %% ../nbs/03_data.ipynb #list_images
 def list_images(
-    paths:Sequence, # files, taken as they are, and folders; what is not there, and a folder without pictures, is a `FileNotFoundError`
+    paths:Sequence, # files, taken as they are, and folders; what is not there, or a folder without pictures, is a `FileNotFoundError`, a forbidden folder a `PermissionError`
 )->list:            # of `Path`, in the order of `paths`
     "Files, and of each folder and the folders in it all that are named like pictures, sorted, without hidden ones."
     from PIL import Image
     known, files = _formats(), []
     endings = {ending for ending, name in Image.registered_extensions().items() if name in known}
+    def fail(error): raise PermissionError(f'{error.filename}: this folder cannot be read')
     for path in map(Path, paths):
         if not path.exists(): raise FileNotFoundError(f'{path}: no such file or folder')
-        inside = [p for p in path.rglob('*') if p.suffix.lower() in endings and p.is_file() and not any(part.startswith('.') for part in p.relative_to(path).parts)]
+        inside = [Path(folder)/name for folder, _, names in os.walk(path, onerror=fail) for name in names] if path.is_dir() else []
+        inside = sorted(p for p in inside if p.suffix.lower() in endings and not any(part.startswith('.') for part in p.relative_to(path).parts))
         if path.is_dir() and not inside: raise FileNotFoundError(f'{path}: there are no pictures in this folder')
-        files += sorted(inside) if path.is_dir() else [path]
+        files += inside if path.is_dir() else [path]
     return files

@@ -434,7 +434,9 @@ def parse_flags(
     "Parse flags by the fields of a dataclass; what does not parse is a `ValueError` of one line with the nearest flag."
     import tyro
     bare = [(field.name, tyro.conf.Positional[field.type], field) for field in dataclasses.fields(spec) if 'positional' in field.metadata]
-    if bare: spec = dataclasses.make_dataclass(spec.__name__, bare, bases=(spec,), frozen=True, namespace=dict(__doc__=spec.__doc__, __module__=spec.__module__)) # tyro reads the comments where the module says
+    if bare:
+        module, spec = spec.__module__, dataclasses.make_dataclass(spec.__name__, bare, bases=(spec,), frozen=True, namespace=dict(__doc__=spec.__doc__))
+        spec.__module__ = module # there tyro reads the fields' comments
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors): return tyro.cli(spec, args=argv, prog=prog, default=default, use_underscores=True)
@@ -445,7 +447,7 @@ def parse_flags(
     first = words.index(True)
     last = words.index(False, first)
     message = re.sub(r'^Error parsing (?!--)\S+ ', '', ' '.join(line.strip('│| ') for line in lines[first:last])).rstrip('.') # our own words come without tyro's
-    known = {f'--{field.name}' for field in dataclasses.fields(spec)}
+    known = {f'--{field.name}' for field in dataclasses.fields(spec) if 'positional' not in field.metadata}
     strange = [word.partition('=')[0].replace('-', '_').replace('__', '--', 1) for word in argv if word.startswith('--')]
     nearest = [match for word in strange if word not in known for match in difflib.get_close_matches(word, known, n=1)]
     hint = f'did you mean {nearest[0]}? ' if 'nrecognized' in message and nearest else ''
@@ -474,6 +476,14 @@ def on_signal(
         for number, handler in before: signal.signal(number, handler)
 
 # %% ../nbs/02_fetch.ipynb #one_line_errors
+def _nobody_reads():
+    "Whether it is our own output that broke: who read it has had enough, as `head` has."
+    try: print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python would complain at its end
+        return True
+    return False
+
 def one_line_errors(
     main:Callable, # function of a list of words, the command line; returns nothing or an exit code
 )->Callable: # the same with errors told in one line; without arguments it takes the words from `sys.argv`
@@ -484,11 +494,9 @@ def one_line_errors(
         debug = '--debug' in argv
         try:
             with on_signal(_stop, (signal.SIGTERM,)): return main([word for word in argv if word!='--debug']) or 0
-        except BrokenPipeError: # whoever read the output has had enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 1
         except KeyboardInterrupt as e: error, code = str(e) or 'stopped', getattr(e, 'code', 130)
         except Exception as e:
+            if isinstance(e, BrokenPipeError) and _nobody_reads(): return 1
             if debug: traceback.print_exc()
             mendable = isinstance(e, (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError))
             text = ' '.join(str(e).split())

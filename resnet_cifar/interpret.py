@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'confused_pairs', 'plot_confusion', 'ClassScores', 'class_scores', 'class_table', 'plot_class_scores',
            'surest', 'plot_answers', 'Calibration', 'calibration', 'fit_temperature', 'plot_calibration', 'grad_cam',
-           'spotlight', 'plot_cams', 'first_filters', 'colour_share', 'plot_filters', 'activations', 'plot_activations',
-           'variants', 'corrupt', 'corruption_accuracy', 'plot_corruptions', 'Answer', 'predict_files',
-           'write_explanation', 'Examination', 'examine', 'report_metrics', 'write_report']
+           'spotlight', 'plot_cams', 'colour_share', 'plot_filters', 'activations', 'plot_activations', 'variants',
+           'corrupt', 'corruption_accuracy', 'plot_corruptions', 'Answer', 'predict_files', 'write_explanation',
+           'Examination', 'examine', 'write_report']
 
 # %% ../nbs/08_interpret.ipynb #imports-export
 import base64
 import contextlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -30,9 +31,9 @@ from torch import Tensor, nn
 
 from .checkpoint import facts_of, replacing
 from .data import CLASSES, BatchLoader, augment, load_image, normalize, plan_epoch, show_images
-from .models import ResNet, describe_architecture, summary
+from .models import ResNet, describe_architecture
 from .trainer import machine_name, package_versions
-from .training import Metrics, _answers, _metrics_of, evaluate, predict
+from .training import Metrics, _answers, _evaluating, _metrics_of, evaluate, predict
 
 # %% ../nbs/08_interpret.ipynb #confused_pairs
 def confused_pairs(
@@ -50,7 +51,7 @@ def _axes(ax, width, height):
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
-def _titled(ax, title): return ax.set_title(textwrap.fill(title, round(11*ax.figure.get_figwidth())), fontsize=9)
+def _titled(ax, title): return ax.set_title(textwrap.fill(title, max(20, round(12*ax.get_window_extent().width/ax.figure.dpi))), fontsize=9)
 
 def plot_confusion(
     confusion:Tensor,          # int64 (classes, classes)
@@ -93,7 +94,7 @@ def class_table(
 )->list:                      # rows of five texts: a header, then a row a class
     "Pictures, recall and precision of each class, and what it is most often taken for."
     most = {true: f'{classes[said]} ({count:,})' for true, said, count in reversed(confused_pairs(confusion, confusion.numel()))}
-    share = lambda x: '' if math.isnan(x) else f'{x:.3f}'
+    share = lambda x: '-' if math.isnan(x) else f'{x:.3f}'
     return [('class', 'pictures', 'recall', 'precision', 'most often taken for'),
             *((name, f'{s.support:,}', share(s.recall), share(s.precision), most.get(c, '')) for c, (name, s) in enumerate(zip(classes, class_scores(confusion))))]
 
@@ -113,7 +114,8 @@ def plot_class_scores(
     ax.invert_yaxis()
     ax.legend(fontsize=7)
     known = sorted((s.recall, name) for s, name in zip(scores, classes) if s.support)
-    _titled(ax, f'{known[-1][1]} is recognised most often ({known[-1][0]:.2f} of them), {known[0][1]} least often ({known[0][0]:.2f})')
+    (low, worst), (high, best) = known[0], known[-1]
+    _titled(ax, f'{best} is recognised most often ({high:.2f} of them), {worst} least often ({low:.2f})' if low < high else f'All classes are recognised equally often ({high:.2f})')
     return ax
 
 # %% ../nbs/08_interpret.ipynb #surest
@@ -129,6 +131,11 @@ def surest(
     return places[sure[places].argsort(descending=True, stable=True)[:number]]
 
 # %% ../nbs/08_interpret.ipynb #plot_answers
+def _texts(probabilities, targets, classes):
+    "What the network says of pictures, how sure it is, and in brackets what is true where that is something else."
+    sure, predicted = probabilities.max(1)
+    return [f'{classes[p]} {s:.2f}' + ('' if p==t else f' ({classes[t]})') for p, s, t in zip(predicted.tolist(), sure.tolist(), targets.tolist())]
+
 def plot_answers(
     images:Tensor,            # uint8 (N, 3, H, W)
     probabilities:Tensor,     # float (N, classes)
@@ -139,12 +146,18 @@ def plot_answers(
 )->Any:                       # the `Axes`
     "Pictures with what the network says, how sure it is, and in brackets what is true where that is something else."
     sure, predicted = probabilities.max(1)
-    texts = [f'{classes[p]} {s:.2f}' + ('' if p==t else f'\n({classes[t]})') for p, s, t in zip(predicted.tolist(), sure.tolist(), targets.tolist())]
-    ax = show_images(images, texts, columns, ax)
-    _titled(ax, f'{(predicted==targets).sum()} of {len(targets)} right, told with probabilities from {sure.min():.2f} to {sure.max():.2f}')
+    ax = show_images(images, [text.replace(' (', '\n(') for text in _texts(probabilities, targets, classes)], columns, ax)
+    _titled(ax, f'{(predicted==targets).sum()} of {len(targets)} right; the surest: {_texts(probabilities, targets, classes)[sure.argmax()]}')
     return ax
 
 # %% ../nbs/08_interpret.ipynb #Calibration
+def _interval(share, count):
+    "The 95 % interval of a share of so many independent draws (Wilson 1927)."
+    share, count = torch.as_tensor(share, dtype=torch.float64), torch.as_tensor(count, dtype=torch.float64)
+    z = 1.96
+    middle, half = share + z*z/(2*count), z*(share*(1 - share)/count + z*z/(4*count*count)).sqrt()
+    return (middle - half)/(1 + z*z/count), (middle + half)/(1 + z*z/count)
+
 class Calibration(NamedTuple):
     "How right a network is when it is so and so sure."
     confidence: Tensor # float64 (bins,), mean of the highest probabilities in a bin; NaN where there are no pictures
@@ -170,10 +183,11 @@ def calibration(
 
 # %% ../nbs/08_interpret.ipynb #fit_temperature
 def fit_temperature(
-    logits:Tensor,  # float (N, classes) of validation pictures; log-probabilities do as well
+    logits:Tensor,  # float (N, classes) of validation pictures; log-probabilities do as well. None at all, and what is not finite, is a `ValueError`
     targets:Tensor, # int64 (N,)
 )->float:           # T between 0.05 and 20, for which softmax(logits/T) has the smallest cross-entropy
     "One number that makes probabilities as sure as they should be (Guo et al. 2017, section 4.2)."
+    if not len(targets) or not logits.isfinite().all(): raise ValueError('logits must be finite, of one picture or more')
     logits, low, high, ratio = logits.double(), math.log(0.05), math.log(20), (5**0.5 - 1)/2
     def loss(log_t): return F.cross_entropy(logits/math.exp(log_t), targets).item()
     for _ in range(40): # 0.618^40 of the bracket: eight digits
@@ -186,12 +200,13 @@ def plot_calibration(
     calibrations:dict, # name -> `Calibration`
     ax:Any=None,       # matplotlib `Axes` to draw on; new ones when left out
 )->Any:                # the `Axes`
-    "Reliability curves, of bins with five pictures or more. On the diagonal a network is as right as it is sure; bars are standard errors."
+    "Reliability curves, of bins with five pictures or more. On the diagonal a network is as right as it is sure; bars are 95 % intervals."
     ax = _axes(ax, 4.6, 3.4)
     ax.plot([0, 1], [0, 1], color='tab:grey', lw=1, label='as right as sure')
-    for (name, c), style, color in zip(calibrations.items(), ('o-', 's--', '^:'), ('C0', 'C1', 'C2')):
-        confidence, accuracy, counts = (values[c.counts >= 5].numpy() for values in c[:3])
-        ax.errorbar(confidence, accuracy, (accuracy*(1 - accuracy)/counts)**0.5, fmt=style, color=color, ms=4, lw=1, elinewidth=0.6, label=f'{name}: calibration error {c.error:.3f}')
+    for (name, c), style, color in zip(calibrations.items(), itertools.cycle(('o-', 's--', '^:')), itertools.cycle(('C0', 'C1', 'C2'))):
+        confidence, accuracy, counts = (values[c.counts >= 5] for values in c[:3])
+        low, high = _interval(accuracy, counts)
+        ax.errorbar(confidence.numpy(), accuracy.numpy(), torch.stack([accuracy - low, high - accuracy]).clamp(min=0).numpy(), fmt=style, color=color, ms=4, lw=1, elinewidth=0.6, label=f'{name}: calibration error {c.error:.3f}')
     ax.set(xlabel='highest probability (mean of a bin)', ylabel='share of right answers (0 to 1)', xlim=(0, 1.02), ylim=(0, 1.02))
     ax.legend(fontsize=7)
     says = lambda c: f'{"surer" if c.surplus > 0 else "less sure"} than right by {abs(c.surplus):.2f}'
@@ -201,7 +216,7 @@ def plot_calibration(
 # %% ../nbs/08_interpret.ipynb #grad_cam
 @contextlib.contextmanager
 def _watching(layers):
-    "A list for each layer of what it gave; in evaluation mode the hooks are always removed."
+    "A list for each layer of what it gave; the hooks are removed whatever happens."
     seen = [[] for _ in layers]
     hooks = [layer.register_forward_hook(lambda module, inputs, out, kept=kept: kept.append(out) or out.clone()) for layer, kept in zip(layers, seen)]
     try: yield seen
@@ -212,17 +227,14 @@ def grad_cam(
     model:nn.Module,  # gives logits; its mode is restored afterwards, gradients and weights are not touched
     images:Tensor,    # float (N, 3, H, W), normalised, on the model's device
     layer:nn.Module,  # a module of the model that gives maps (N, C, h, w), for example `model.layer4`; any other is a `ValueError`
-    classes:Tensor|None=None, # int64 (N,), the classes to explain; left out: what the network says
+    targets:Tensor|None=None, # int64 (N,), the classes to explain; left out: what the network says
 )->Tensor:            # float32 (N, H, W): 0 to 1 in each picture; all 0 where nothing speaks for the class
     "Where a layer saw what speaks for a class (Selvaraju et al. 2017, arXiv:1610.02391)."
-    training = model.training
-    try:
-        with _watching([layer]) as (seen,), torch.enable_grad():
-            logits = model.eval()(images.detach().clone().requires_grad_()) # so that there are gradients even where the weights are frozen
-            if not seen or seen[-1].ndim!=4: raise ValueError('layer must be a module of the model that gives maps (N, C, h, w)')
-            chosen = logits.argmax(1) if classes is None else classes.to(logits.device)
-            gradients, = torch.autograd.grad(logits.gather(1, chosen.view(-1, 1)).sum(), seen[-1])
-    finally: model.train(training)
+    with _evaluating(model), _watching([layer]) as (seen,), torch.enable_grad():
+        logits = model(images.detach().clone().requires_grad_()) # so that there are gradients even where the weights are frozen
+        if not seen or seen[-1].ndim!=4: raise ValueError('layer must be a module of the model that gives maps (N, C, h, w)')
+        chosen = logits.argmax(1) if targets is None else targets.to(logits.device)
+        gradients, = torch.autograd.grad(logits.gather(1, chosen.view(-1, 1)).sum(), seen[-1])
     cam = (gradients.mean((2, 3), keepdim=True)*seen[-1].detach()).sum(1, keepdim=True).relu().float()
     cam = F.interpolate(cam, images.shape[2:], mode='bilinear', align_corners=False)[:, 0]
     return cam/cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
@@ -235,43 +247,42 @@ def spotlight(
     "Pictures with the light turned down to a fifth where nothing speaks for the answer."
     return (images*(0.2 + 0.8*cams.unsqueeze(1))).round().to(torch.uint8)
 
+def _as_grey(cams): return (255*cams).round().to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1)
+
 def plot_cams(
     images:Tensor, # uint8 (N, 3, H, W)
     cams:Tensor,   # float (N, H, W), from `grad_cam`
     titles:Sequence|None=None, # N short texts
     ax:Any=None,   # matplotlib `Axes` to draw on; new ones when left out
 )->Any:            # the `Axes`
-    "Pictures above, what the network went by below."
-    ax = show_images(torch.cat([images, spotlight(images, cams)]), titles, len(images), ax)
+    "Pictures, below them what the network went by, and below that the maps alone."
+    ax = show_images(torch.cat([images, spotlight(images, cams), _as_grey(cams)]), titles, len(images), ax)
     _titled(ax, f'Half of the peak or more: {(cams >= 0.5).float().mean():.0%} of the picture, on average')
     return ax
 
-# %% ../nbs/08_interpret.ipynb #first_filters
-def first_filters(
-    model:nn.Module, # with `conv1`, a convolution of three channels
-)->Tensor:           # float (filters, 3, k, k), each scaled to -1 … 1, on the CPU
-    "The weights of the first convolution."
-    weight = model.conv1.weight.detach().float().cpu()
-    return weight/weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
-
+# %% ../nbs/08_interpret.ipynb #colour_share
 def colour_share(
     filters:Tensor, # float (filters, 3, k, k)
 )->Tensor:          # float (filters,), 0: a filter sees brightness alone, 1: colour alone
-    "The share of each filter's energy (its sum of squares) that a grey picture cannot excite."
+    "The share of each filter's energy (its sum of squares) that deviates from its mean over the three channels: what tells colours apart, not light from dark."
     deviation = filters - filters.mean(1, keepdim=True)
     return deviation.square().sum((1, 2, 3))/filters.square().sum((1, 2, 3)).clamp(min=1e-12)
 
 # %% ../nbs/08_interpret.ipynb #plot_filters
 def plot_filters(
-    filters:Tensor, # float (filters, 3, k, k), -1 … 1
-    columns:int=16, # filters in a row
+    filters:Tensor, # float (filters, 3, k, k), for example `model.conv1.weight`
+    columns:int=8,  # filters in a row
     ax:Any=None,    # matplotlib `Axes` to draw on; new ones when left out
 )->Any:             # the `Axes`
-    "The first filters as small pictures: grey is 0. Those that see most colour come first."
-    share = colour_share(filters)
-    order = share.argsort(descending=True, stable=True)
-    ax = show_images((127.5 + 127.5*filters[order]).round().to(torch.uint8), None, columns, ax)
-    _titled(ax, f'{(share > 0.5).sum()} of {len(filters)} first filters see colour more than brightness')
+    "The first filters as small pictures, each on its own scale: grey is 0. Those that see most colour come first; those below a thousandth of the largest are left out."
+    filters = filters.detach().float().cpu()
+    size = filters.flatten(1).norm(dim=1)
+    alive = filters[size > 1e-3*size.max()]
+    share = colour_share(alive)
+    shown = alive[share.argsort(descending=True, stable=True)]
+    ax = show_images((127.5 + 127.5*shown/shown.abs().amax((1, 2, 3), keepdim=True)).round().to(torch.uint8), None, columns, ax)
+    dead = len(filters) - len(alive)
+    _titled(ax, f'{(share > 0.5).sum()} of {len(alive)} first filters see colour more than brightness' + (f', {dead} more are dead' if dead else ''))
     return ax
 
 # %% ../nbs/08_interpret.ipynb #activations
@@ -280,10 +291,8 @@ def activations(
     images:Tensor,  # float (N, 3, H, W), normalised, on the model's device
 )->dict:            # 'stem', 'layer1', … -> float32 (N, C, h, w) on the CPU
     "What the stem and each stage give, behind their ReLU."
-    names, training = [f'layer{i + 1}' for i in range(model.num_stages)], model.training
-    try:
-        with _watching([model.maxpool, *(getattr(model, name) for name in names)]) as seen, torch.no_grad(): model.eval()(images)
-    finally: model.train(training)
+    names = [f'layer{i + 1}' for i in range(model.num_stages)]
+    with _evaluating(model), _watching([model.maxpool, *(getattr(model, name) for name in names)]) as seen, torch.no_grad(): model(images)
     return {name: maps[-1].float().cpu() for name, maps in zip(['stem', *names], seen)}
 
 def plot_activations(
@@ -303,7 +312,7 @@ def plot_activations(
     ax.set(xlabel='most active channels, strongest left', ylabel='stage', xticks=[], yticks=[(size[0] + 2)*(i + 0.5) for i in range(len(rows))])
     ax.set_yticklabels([f'{name}, {stage.shape[2]} x {stage.shape[3]}' for name, stage in maps.items()], fontsize=8)
     zeros = {name: (stage==0).float().mean().item() for name, stage in maps.items()}
-    _titled(ax, ', '.join(f'{zeros[name]:.0%} of {name}' for name in (next(iter(zeros)), next(reversed(zeros)))) + ' is 0')
+    _titled(ax, 'Zeros: ' + ', '.join(f'{zeros[name]:.0%} behind {name}' for name in (next(iter(zeros)), next(reversed(zeros)))))
     return ax
 
 # %% ../nbs/08_interpret.ipynb #variants
@@ -312,7 +321,7 @@ def variants(
     number:int,   # how many
     seed:int=0,   # of the draws
 )->Tensor:        # uint8 (number, 3, H, W)
-    "One picture as training shows it in `number` epochs: each time cropped and flipped by another draw."
+    "One picture as augmentation shows it in `number` epochs: each time cropped and flipped by another draw."
     plan = plan_epoch(number, seed, 0)
     return augment(image.expand(number, *image.shape), plan.rows, plan.columns, plan.flips)
 
@@ -339,7 +348,7 @@ def corrupt(
 )->Tensor:         # uint8 (N, 3, H, W)
     "Pictures with one fault."
     from torchvision.transforms.v2 import functional as TF
-    if kind not in CORRUPTIONS or strength not in range(6): raise ValueError(f'kind must be one of {", ".join(CORRUPTIONS)} and strength 0 to 5, got {kind!r} and {strength!r}')
+    if kind not in CORRUPTIONS or type(strength) is not int or not 0 <= strength <= 5: raise ValueError(f'kind must be one of {", ".join(CORRUPTIONS)} and strength 0 to 5, got {kind!r} and {strength!r}')
     if strength==0: return images
     amount, images = CORRUPTIONS[kind][strength - 1], images.contiguous()
     if kind=='blur': return TF.gaussian_blur(images, 2*math.ceil(4*amount) + 1, amount)
@@ -358,9 +367,10 @@ def _ready(model, images):
     facts, device = facts_of(model), next(model.parameters()).device
     return normalize(images.to(device, memory_format=torch.channels_last), facts['mean'], facts['std'])
 
-def _cams(model, images, classes=None):
-    "Grad-CAM of the last stage, on the CPU."
-    return grad_cam(model, _ready(model, images), getattr(model, f'layer{model.num_stages}'), classes).cpu()
+def _beside(model, images, targets):
+    "uint8 (N, 3, H, 3W): pictures, on their right what the last stage went by, and the map alone."
+    cams = grad_cam(model, _ready(model, images), getattr(model, f'layer{model.num_stages}'), targets)
+    return torch.cat([images, spotlight(images, cams.cpu()), _as_grey(cams.cpu())], dim=3)
 
 def corruption_accuracy(
     model:nn.Module,      # gives logits; its mode is restored afterwards
@@ -381,8 +391,9 @@ def plot_corruptions(
     for (kind, values), style in zip(accuracies.items(), ('o-', 's--', '^-.', 'D:')): ax.plot(range(6), values, style, ms=4, lw=1.2, label=kind)
     ax.set(xlabel='strength (0: as it is)', ylabel='accuracy (0 to 1)', ylim=(0, None))
     ax.legend(fontsize=7)
-    worst = min(accuracies, key=lambda kind: accuracies[kind][5])
-    _titled(ax, f'{worst} costs most: accuracy {accuracies[worst][0]:.2f} without it, {accuracies[worst][5]:.2f} at strength 5')
+    mean = {kind: sum(values[1:])/5 for kind, values in accuracies.items()}
+    worst = min(mean, key=mean.get)
+    _titled(ax, f'{worst} costs most: {mean[worst]:.2f} on average over the strengths, {accuracies[worst][0]:.2f} as it is')
     return ax
 
 # %% ../nbs/08_interpret.ipynb #predict_files
@@ -391,12 +402,12 @@ class Answer(NamedTuple):
     path: Path
     image: Tensor|None         # uint8 (3, size, size), what the network saw; `None` where the file could not be read
     probabilities: Tensor|None # float32 (classes,), on the CPU
-    error: str|None            # why the file could not be read, in one line
+    error: str|None            # why the file could not be read
 
 def _read(path, size):
     "(picture, `None`) or (`None`, what is wrong)."
     try: return load_image(path, size), None
-    except (OSError, ValueError) as e: return None, ' '.join(str(e).split())
+    except (OSError, ValueError) as e: return None, str(e)
 
 def predict_files(
     model:nn.Module,      # gives logits; its mode is restored afterwards
@@ -407,7 +418,7 @@ def predict_files(
 )->Iterator[Answer]:      # in the order of `paths`
     "Read files and classify them."
     size = facts_of(model)['image_size']
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool: # each may hold a whole photograph
         for start in range(0, len(paths), batch_size):
             chunk = paths[start:start + batch_size]
             read = list(pool.map(lambda path: _read(path, size), chunk))
@@ -421,13 +432,14 @@ def write_explanation(
     model:ResNet,         # the network that gave the answer
     answer:Answer,        # from `predict_files`, of a file that could be read
 )->None:
-    "A PNG: the 32x32 pixels that the network saw, beside them Grad-CAM's spotlight for the class that it named, and its words."
+    "A PNG: the 32x32 pixels that the network saw, Grad-CAM's spotlight for the class that it named, and the map alone."
     from PIL import Image, ImageDraw, ImageFont
     images, best = answer.image.unsqueeze(0), answer.probabilities.argmax()
-    both = torch.cat([images, spotlight(images, _cams(model, images, best.view(1)))], dim=3)[0].permute(1, 2, 0).numpy()
-    drawn = Image.new('RGB', (516, 288), 'white')
-    drawn.paste(Image.fromarray(both).resize((512, 256), Image.Resampling.NEAREST), (2, 2))
-    ImageDraw.Draw(drawn).text((8, 262), f'{facts_of(model)["classes"][best]} {answer.probabilities[best]:.3f}', fill='black', font=ImageFont.load_default(18))
+    both = _beside(model, images, best.view(1))[0].permute(1, 2, 0).numpy()
+    drawn = Image.new('RGB', (772, 288), 'white')
+    drawn.paste(Image.fromarray(both).resize((768, 256), Image.Resampling.NEAREST), (2, 2))
+    for left, text in ((8, 'what it saw'), (264, f'what spoke for {facts_of(model)["classes"][best]} ({answer.probabilities[best]:.3f})'), (600, 'the map alone')):
+        ImageDraw.Draw(drawn).text((left, 262), text, fill='black', font=ImageFont.load_default(18))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary: drawn.save(temporary)
 
@@ -456,6 +468,7 @@ def examine(
     num_corrupted:int=1000, # the first so many images are corrupted
 )->Examination:
     "Everything about a network that takes time to compute."
+    if not len(targets) or num_corrupted < 1: raise ValueError('there must be a picture to examine, and one to corrupt')
     log_p, temperature = _answers(model, _batches(model, images, targets), precision, False)[0], None
     calibrations = {'as trained': calibration(log_p.exp(), targets)}
     if valid is not None:
@@ -477,7 +490,7 @@ img {{ max-width: 100%; height: auto }} picture {{ display: block; margin-top: 1
 .table {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .8rem; width: 100% }}
 th, td {{ text-align: right; padding: .15rem .25rem; border-bottom: 1px solid #8886 }} th:first-child, td:last-child, th:last-child {{ text-align: left }}
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem }}
-.wide {{ grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }}
+.wide {{ grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }}
 .tiles figure {{ margin: 0 }} .tiles img {{ width: 100%; image-rendering: pixelated }} .tiles figcaption {{ font-size: .8rem; line-height: 1.25 }}
 </style></head><body><main>
 <h1>{title}</h1>
@@ -520,61 +533,59 @@ def _tiles(images, texts, kind='tiles'):
     return f'<div class="{kind}">{"".join(parts)}</div>'
 
 # %% ../nbs/08_interpret.ipynb #write_report-sections
-def _answer_texts(exam, places, classes):
-    "What the network says of some pictures, in words."
-    sure, predicted = exam.probabilities[places].max(1)
-    return [f'{classes[p]} {s:.2f}' + ('' if p==t else f', is {classes[t]}') for p, s, t in zip(predicted.tolist(), sure.tolist(), exam.targets[places].tolist())]
-
 def _sections(model, exam, classes):
-    "(heading, HTML) of each part of the report."
+    "(heading, a sentence, HTML) of each part of the report."
+    texts = lambda places: _texts(exam.probabilities[places], exam.targets[places], classes)
     wrong, right = (surest(exam.probabilities, exam.targets, hit, 20) for hit in (False, True))
-    yield 'Class by class', _table(class_table(exam.metrics.confusion, classes)) + _figure(lambda ax: plot_class_scores(class_scores(exam.metrics.confusion), classes, ax), 'Recall and precision of each class')
-    yield 'What is taken for what', _figure(lambda ax: plot_confusion(exam.metrics.confusion, classes, ax), 'Confusion matrix', width=4.4, height=4)
-    for heading, places in (('Wrong, and sure of it', wrong), ('Right, and sure of it', right)):
-        if len(places): yield heading, _tiles(exam.images[places], _answer_texts(exam, places, classes))
-    yield 'How far it can be trusted', _figure(lambda ax: plot_calibration(exam.calibrations, ax), 'Reliability curve') + (
-        '' if exam.temperature else '<p>No temperature was fitted: there are no validation pictures of which it is known that the network has not learned from them.</p>')
-    for heading, places in (('What it went by: wrong answers', wrong[:8]), ('What it went by: right answers', right[:8])):
-        if not len(places): continue
-        both = torch.cat([exam.images[places], spotlight(exam.images[places], _cams(model, exam.images[places]))], dim=3) # side by side
-        yield heading, '<p>Grad-CAM of the last stage: bright is what speaks for the class that was named.</p>' + _tiles(both, _answer_texts(exam, places, classes), 'tiles wide')
+    confusion = exam.metrics.confusion
+    yield ('Class by class', 'Recall: of the pictures of a class, the share that was called so. Precision: of those that were called so, the share that is.',
+           _table(class_table(confusion, classes)) + _figure(lambda ax: plot_class_scores(class_scores(confusion), classes, ax), 'Recall and precision of each class'))
+    yield ('What is taken for what', 'Rows are what the pictures show, columns what the network says, numbers are pictures.', _figure(lambda ax: plot_confusion(confusion, classes, ax), 'Confusion matrix', width=4.4, height=4))
+    said = 'What the network says, its probability, and in brackets what is true where that is something else.'
+    for heading, places in (('The surest mistakes', wrong), ('The surest right answers', right)):
+        if len(places): yield heading, said, _tiles(exam.images[places], texts(places))
+    fitted = 'The temperature T divides the logits; it was fitted on validation pictures.' if exam.temperature else 'No temperature was fitted: there are no validation pictures of which it is known that the network has not learned from them.'
+    yield ('How far it can be trusted', f'On the diagonal it is as often right as it claims, below it is surer than right. The calibration error is the mean distance, which chance alone keeps above 0; bars are 95 % intervals. {fitted}',
+           _figure(lambda ax: plot_calibration(exam.calibrations, ax), 'Reliability curve'))
+    for heading, places in (('What it went by: mistakes', wrong[:8]), ('What it went by: right answers', right[:8])):
+        if len(places): yield heading, 'Grad-CAM of the last stage: the picture, the same with light on what speaks for the class that was named, and the map alone.', _tiles(_beside(model, exam.images[places], exam.probabilities[places].argmax(1)), texts(places), 'tiles wide')
     again = variants(exam.images[0], 10)
-    told = predict(model, [_ready(model, again)])
-    yield 'One picture as training shows it', _tiles(again, _answer_texts(exam._replace(probabilities=told, targets=exam.targets[:1].expand(10)), slice(None), classes))
-    yield 'Worse pictures', _figure(lambda ax: plot_corruptions(exam.corruptions, ax), f'Accuracy on {exam.num_corrupted:,} corrupted pictures')
-    filters = first_filters(model)
-    yield 'First filters', _figure(lambda ax: plot_filters(filters, 16, ax), 'Filters of the first convolution', height=0.5 + 0.25*-(-len(filters)//16))
-    yield 'Stage by stage', _figure(lambda ax: plot_activations(activations(model, _ready(model, exam.images[:1])), channels=6, ax=ax), 'Activations of the first picture', height=0.5*model.num_stages + 1)
+    told = predict(model, [_ready(model, again)], precision=exam.precision)
+    yield 'One picture, shifted and mirrored', f'The first of the pictures ({classes[exam.targets[0]]}), as augmentation shows it.', _tiles(again, _texts(told, exam.targets[:1].expand(10), classes))
+    yield 'Worse pictures', f'Accuracy on the first {exam.num_corrupted:,} pictures, with faults of five strengths.', _figure(lambda ax: plot_corruptions(exam.corruptions, ax), 'Accuracy on corrupted pictures')
+    filters = model.conv1.weight
+    yield 'First filters', 'The weights of the first convolution, as pictures: grey is 0.', _figure(lambda ax: plot_filters(filters, 16, ax), 'Filters of the first convolution', height=0.5 + 0.25*-(-len(filters)//16))
+    yield ('Stage by stage', 'What the first picture becomes on its way: some channels of each stage, black where nothing was found.',
+           _figure(lambda ax: plot_activations(activations(model, _ready(model, exam.images[:1])), channels=6, ax=ax), 'Activations of the first picture', height=0.5*model.num_stages + 1))
 
 # %% ../nbs/08_interpret.ipynb #write_report
-def report_metrics(
-    exam:Examination,         # from `examine`
-    classes:Sequence=CLASSES, # names
-)->dict:                      # plain values, for `metrics.json`; shares of nothing are `None`
-    "The numbers of a report, as other programs want them."
+def _report_metrics(exam, classes):
+    "The numbers of a report, as other programs want them; shares of nothing are `None`."
     known = lambda x: None if math.isnan(x) else x
-    confusion = exam.metrics.confusion
+    confusion, errors = exam.metrics.confusion, [c.error for c in exam.calibrations.values()]
     return dict(
         accuracy=exam.metrics.accuracy, loss=exam.metrics.loss, tta_accuracy=exam.tta_accuracy, num_images=len(exam.targets), precision=exam.precision,
         per_class={name: dict(recall=known(s.recall), precision=known(s.precision), support=s.support) for name, s in zip(classes, class_scores(confusion))},
         classes=list(classes), confusion=confusion.tolist(), confused_pairs=[dict(true=classes[t], predicted=classes[p], count=n) for t, p, n in confused_pairs(confusion)],
-        calibration_error={name: c.error for name, c in exam.calibrations.items()}, temperature=exam.temperature,
+        calibration_error=errors[0], temperature=exam.temperature, calibration_error_scaled=errors[1] if exam.temperature else None,
         corruptions=dict(num_images=exam.num_corrupted, accuracy=exam.corruptions), versions=package_versions())
 
 def write_report(
     folder:str|os.PathLike, # made when missing; the two files in it are replaced
     model:ResNet,           # the network
     exam:Examination,       # of that network, from `examine`
+    about:str='',           # which network and which pictures these are
 )->Path:                    # of `report.html`, which opens from the disk and loads nothing; `metrics.json` lies beside it
     "What a network learned and where it fails, on one page."
-    folder, classes, metrics, n = Path(folder), facts_of(model)['classes'], exam.metrics, len(exam.targets)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder/'metrics.json') as temporary: temporary.write_text(json.dumps(report_metrics(exam, classes), indent=1) + '\n', encoding='utf-8')
-    error = 1.96*math.sqrt(metrics.accuracy*(1 - metrics.accuracy)/n)
-    total, device = summary(model)[-1], next(model.parameters()).device.type
+    folder, classes, metrics, name = Path(folder), facts_of(model)['classes'], exam.metrics, html.escape(describe_architecture(model.architecture))
+    low, high = _interval(metrics.accuracy, len(exam.targets))
+    machine = html.escape(machine_name(next(model.parameters()).device.type))
     augmented = '' if exam.tta_accuracy is None else f' With mirror images averaged: {exam.tta_accuracy:.4f}.'
-    lead = (f'<p><strong>Accuracy {metrics.accuracy:.4f}</strong> on {n:,} pictures (95 % interval for other pictures of this kind: {max(0, metrics.accuracy - error):.4f} to {min(1, metrics.accuracy + error):.4f}), loss {metrics.loss:.4f}.{augmented}</p>'
-            f'<p>{html.escape(describe_architecture(model.architecture))}; {total.parameters:,} parameters; {exam.precision} on {html.escape(machine_name(device))}; {", ".join(f"{k} {v}" for k, v in package_versions().items())}.</p>')
-    body = lead + '\n'.join(f'<section><h2>{html.escape(heading)}</h2>{content}</section>' for heading, content in _sections(model, exam, classes))
-    with replacing(folder/'report.html') as temporary: temporary.write_text(_PAGE.format(title=f'{html.escape(describe_architecture(model.architecture))}: what it learned', body=body), encoding='utf-8')
+    lead = (f'<p>{html.escape(about)}</p>' if about else '') + (f'<p><strong>Accuracy {metrics.accuracy:.4f}</strong> on {len(exam.targets):,} pictures (95 % interval for other pictures of this kind: {low:.4f} to {high:.4f}), loss {metrics.loss:.4f}.{augmented}</p>'
+            f'<p>{name}; {sum(p.numel() for p in model.parameters()):,} parameters; {exam.precision} on {machine}; {", ".join(f"{k} {v}" for k, v in package_versions().items())}.</p>')
+    body = lead + '\n'.join(f'<section><h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{content}</section>' for heading, text, content in _sections(model, exam, classes))
+    texts = {'metrics.json': json.dumps(dict(about=about) | _report_metrics(exam, classes), indent=1) + '\n', 'report.html': _PAGE.format(title=f'{name}: what it learned', body=body)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in texts.items():
+        with replacing(folder/file) as temporary: temporary.write_text(text, encoding='utf-8')
     return folder/'report.html'

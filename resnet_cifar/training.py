@@ -164,17 +164,23 @@ def train_epoch(
     return progress.metrics()
 
 # %% ../nbs/05_training.ipynb #_log_probabilities
+@contextlib.contextmanager
+def _evaluating(model):
+    "The model in evaluation mode; afterwards each of its modules is in the mode that it was in."
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try: yield
+    finally:
+        for module, training in before: module.training = training
+
 @torch.no_grad()
 def _log_probabilities(model, batches, precision, tta):
     "Yield float32 (N, classes) log-probabilities of each batch of images, in evaluation mode; the mode is restored at the end."
     def of(images):
         with _autocast(images, precision): logits = model(images)
         return logits.float().log_softmax(1)
-    training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         for images in batches: yield torch.logaddexp(of(images), of(images.flip(3))) - math.log(2) if tta else of(images)
-    finally: model.train(training)
 
 # %% ../nbs/05_training.ipynb #predict
 def predict(
@@ -424,8 +430,8 @@ def plot_history(
         for part, style in zip(parts, ('o--', 's-')): ax.plot(epochs, [row[f'{part}_{kind}'] for row in history], style, markersize=3, label=part)
         ax.set(xlabel='epoch', ylabel=label)
         if not parts: continue
-        value, epoch = best((row[f'{parts[-1]}_{kind}'], row['epoch']) for row in history)
-        ax.set_title(f'best {parts[-1]} {kind} {value:.3f}, epoch {epoch}', fontsize=8)
+        row = best(history, key=lambda row: row[f'{parts[-1]}_{kind}']) # of equal ones the first, as `best_epoch`
+        ax.set_title(f'best {parts[-1]} {kind} {row[f"{parts[-1]}_{kind}"]:.3f}, epoch {row["epoch"]}', fontsize=8)
         ax.legend(fontsize=7)
     axes[2].plot(epochs, [row['lr'] for row in history], 'o-', markersize=3, color='tab:grey')
     axes[2].set(xlabel='epoch', ylabel='learning rate')

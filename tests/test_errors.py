@@ -45,7 +45,7 @@ BAD = [ # words, exit code, what the line must say
     (('resnet_cifar', 'evaluate', '--ckpt', 'photo.safetensors'), 2, 'photo.safetensors is damaged or no file of weights'),
     (('resnet_cifar', 'evaluate', '--ckpt', 'empty.safetensors'), 2, 'empty.safetensors is damaged or no file of weights'),
     (('resnet_cifar', 'evaluate', '--ckpt', 'empty.ckpt'), 2, 'empty.ckpt is damaged or no file of weights'),
-    (('resnet_cifar', 'evaluate', '--ckpt', 'hundred.safetensors'), 2, 'a network of 100 classes, CIFAR-10 has 10'),
+    (('resnet_cifar', 'evaluate', '--ckpt', 'hundred.safetensors'), 2, 'its 100 classes (0, 1, 2, …) are not CIFAR'),
     (('resnet_cifar', 'evaluate', '--ckpt', 'alexnet.safetensors'), 2, 'no network of this package'),
     (('resnet_cifar', 'evaluate', '--ckpt', 'hundred.safetensors', '--report', 'a_file'), 2, '--report a_file: a_file is a file; give a folder'),
     (('resnet_cifar', 'predict', '--ckpt', 'hundred.safetensors'), 2, 'which pictures?'),
