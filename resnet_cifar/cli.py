@@ -86,7 +86,7 @@ class PredictFlags:
     precision:Literal['auto', 'fp32', 'bf16']='auto' # auto: bf16 where the machine computes with it, else fp32
     device:Literal['auto', 'cpu', 'cuda', 'mps']='auto' # auto: the GPU if there is one
 
-# %% ../nbs/10_cli.ipynb #predict_command
+# %% ../nbs/10_cli.ipynb #predict-lines
 def _printable(text):
     "Text for one line of this terminal: file names may hold anything."
     encoding = getattr(sys.stdout, 'encoding', None) or 'ascii'
@@ -116,6 +116,7 @@ def _answer_lines(answer, classes, top_k, as_json, explanation):
     full = '█' if _printable('█')=='█' else '#'
     return '\n'.join([_printable(str(answer.path)), *(f'  {_printable(name):12}{p:6.3f}  {full*round(30*p)}'.rstrip() for name, p in told.items()), *([f'  {_printable(str(explanation))}'] if explanation else [])])
 
+# %% ../nbs/10_cli.ipynb #predict_command
 def predict_command(
     argv:list, # the words after `predict`
 )->int:        # 1 where a file could not be read
