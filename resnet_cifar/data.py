@@ -230,7 +230,7 @@ class BatchLoader:
             if size and size!=images.shape[-1]: images = F.interpolate(images, (size, size), mode='bilinear', antialias=True)
             yield images.contiguous(memory_format=self.memory_format), targets.to(self.device, non_blocking=True)
 
-# %% ../nbs/03_data.ipynb #load_image
+# %% ../nbs/03_data.ipynb #_as_rgb
 _PICTURES = 'AVIF', 'BMP', 'GIF', 'ICO', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP' # not EPS: Pillow would have Ghostscript run it
 
 def _formats():
@@ -249,6 +249,7 @@ def _as_rgb(image):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
 
+# %% ../nbs/03_data.ipynb #load_image
 def load_image(
     path:str|os.PathLike, # AVIF, BMP, GIF, ICO, JPEG, JPEG 2000, PNG, PPM, TGA, TIFF or WebP
     size:int=32,          # height and width of the result in pixels

@@ -145,9 +145,9 @@ def plot_answers(
     ax:Any=None,              # matplotlib `Axes` to draw on; new ones when left out
 )->Any:                       # the `Axes`
     "Pictures with what the network says, how sure it is, and in brackets what is true where that is something else."
-    sure, predicted = probabilities.max(1)
-    ax = show_images(images, [text.replace(' (', '\n(') for text in _texts(probabilities, targets, classes)], columns, ax)
-    _titled(ax, f'{(predicted==targets).sum()} of {len(targets)} right; the surest: {_texts(probabilities, targets, classes)[sure.argmax()]}')
+    texts, (sure, predicted) = _texts(probabilities, targets, classes), probabilities.max(1)
+    ax = show_images(images, [text.replace(' (', '\n(') for text in texts], columns, ax)
+    _titled(ax, f'{(predicted==targets).sum()} of {len(targets)} right; the surest: {texts[sure.argmax()]}')
     return ax
 
 # %% ../nbs/08_interpret.ipynb #Calibration
