@@ -18,10 +18,10 @@ from .fetch import parse_flags
 
 # %% ../nbs/04_config.ipynb #MODELS
 MODELS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110',
-          'plain18', 'plain34', 'plain50', 'plain101', 'plain152', 'plain20', 'plain32', 'plain44', 'plain56', 'plain110')
+          'plain18', 'plain34', 'plain50', 'plain101', 'plain152', 'plain20', 'plain32', 'plain44', 'plain56', 'plain110', 'resnet8')
 
 # %% ../nbs/04_config.ipynb #OPTIMIZERS
-OPTIMIZERS = ('SGD', 'Adam', 'AdamW')
+OPTIMIZERS = ('SGD', 'Adam', 'AdamW', 'Muon')
 
 # %% ../nbs/04_config.ipynb #SCHEDULERS
 SCHEDULERS = ('CosineAnnealingLR', 'OneCycleLR', 'StepLR', 'LinearWarmupCosine', 'none')
@@ -51,15 +51,15 @@ class TrainConfig:
     "Everything that decides what a run computes. A value out of range raises `ValueError`."
     root:str='./data/datasets'          # folder of the data, fetched when missing
     ckpt_dir:str='./checkpoints'        # run folder: config, history, checkpoints, curves and result go here
-    model_name:str='resnet18'           # resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110; plain18 … without shortcuts; in any capitals
-    width:int|None=None                 # channels of the first stage, less is quicker; left out: the model's own, 64, or 16 for 20 to 110 layers
+    model_name:str='resnet18'           # resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110; plain18 … without shortcuts; resnet8, which learns fast; in any capitals
+    width:int|None=None                 # channels of the first stage, less is quicker; left out: the model's own, 64, or 16 for 20 to 110 layers, 80 for 8
     random_seed:int=0                   # of weights, order and augmentation
     batch_size:int=32                   # images in a training step
     num_epochs:int=20                   # passes over the training images
     lr:float=0.001                      # peak learning rate
-    optimizer:str='AdamW'               # SGD (Nesterov), Adam or AdamW
-    momentum:float=0.9                  # of SGD
-    weight_decay:float=0.01             # 0.01 suits AdamW, 0.0005 suits SGD
+    optimizer:str='AdamW'               # SGD (Nesterov), Adam, AdamW, or Muon (for the filters, with SGD for the rest)
+    momentum:float=0.9                  # of SGD and Muon
+    weight_decay:float=0.01             # 0.01 suits AdamW, 0.0005 suits SGD; Muon's is for what is no filter
     lr_scheduler:str='CosineAnnealingLR' # CosineAnnealingLR, OneCycleLR, StepLR, LinearWarmupCosine or none
     t_max:int|None=None                 # epochs after which CosineAnnealingLR reaches 0, to climb again; left out: num_epochs
     pct_start:float=0.3                 # share of the steps in which OneCycleLR and LinearWarmupCosine rise
@@ -67,7 +67,9 @@ class TrainConfig:
     gamma:float=0.1                     # factor of each step of StepLR
     label_smoothing:float=0.0           # probability that is spread over all classes in the loss's targets
     ema_decay:float=0.0                 # average of the weights over steps, used for evaluation: 0 off, 0.999 remembers about 1,000 steps
+    whiten:bool=False                   # compute the first filters from training images (principal components of patches) and keep them
     transform:bool=False                # random crop and flip of training images (normalising always happens)
+    alternating_flips:bool=False        # with --transform: each image is mirrored in every second epoch, not by chance
     image_sizes:tuple[int, ...]=()      # height and width of training images for each epoch, the last for all later ones; none: as they are
     valid_size:int=5000                 # training images set aside to choose the best epoch; 0: train on all, test the last epoch
     limit_train:int|None=None           # only the first N training images, for trying things out

@@ -127,11 +127,13 @@ def plan_epoch(
     seed:int,       # of the run, 0 or more
     epoch:int,      # 0, 1, …
     padding:int=4,  # pixels by which a crop may be off, in each direction (He et al. 2015, section 4.2)
+    alternating:bool=False, # flips by turns: what is mirrored in one epoch is not in the next
 )->EpochPlan:
     "The draws of one epoch: a pure function of its arguments."
     rng = np.random.default_rng((seed, epoch))
     rows, columns = rng.integers(0, 2*padding + 1, (2, num_images))
-    return EpochPlan(*map(torch.from_numpy, (rng.permutation(num_images), rows, columns, rng.random(num_images) < 0.5)))
+    plan = EpochPlan(*map(torch.from_numpy, (rng.permutation(num_images), rows, columns, rng.random(num_images) < 0.5)))
+    return plan._replace(flips=plan_epoch(num_images, seed, 0, padding).flips ^ bool(epoch%2)) if alternating else plan
 
 # %% ../nbs/03_data.ipynb #augment
 def augment(
@@ -150,8 +152,8 @@ def augment(
 # %% ../nbs/03_data.ipynb #_BatchDataset
 class _BatchDataset(Dataset):
     "Batch number b of epoch e, as a pure function of (e, b)."
-    def __init__(self, images, labels, batch_size, shuffle, augment, seed):
-        self.images, self.labels, self.batch_size, self.shuffle, self.augment, self.seed = images, labels, batch_size, shuffle, augment, seed
+    def __init__(self, images, labels, batch_size, shuffle, augment, seed, alternating):
+        self.images, self.labels, self.batch_size, self.shuffle, self.augment, self.seed, self.alternating = images, labels, batch_size, shuffle, augment, seed, alternating
         self.epoch, self.plan = None, None
 
     def __getitem__(self, key):
@@ -159,7 +161,7 @@ class _BatchDataset(Dataset):
         places = slice(number*self.batch_size, (number + 1)*self.batch_size)
         if not self.shuffle: return self.images[places], self.labels[places]
         if epoch!=self.epoch: # drawn once an epoch in each process
-            self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan_epoch(len(self.images), self.seed, epoch)))
+            self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan_epoch(len(self.images), self.seed, epoch, alternating=self.alternating)))
         index = self.plan.order[places]
         images = self.images[index]
         if self.augment: images = augment(images, self.plan.rows[index], self.plan.columns[index], self.plan.flips[index])
@@ -196,6 +198,7 @@ class BatchLoader:
         *,
         train:bool=False,         # shuffle, and leave out a short last batch; else in order, every image once
         augment:bool=False,       # random crop and flip, for training
+        alternating_flips:bool=False, # flip by turns instead of by chance, see `plan_epoch`
         seed:int=0,               # of order and augmentation
         num_workers:int=0,        # background processes that prepare batches; 0: the main one does it
         device:str|torch.device='cpu', # where the batches go
@@ -205,7 +208,7 @@ class BatchLoader:
         std:tuple=CIFAR10_STD,    # of each channel, for `normalize`
     ):
         if train and len(images) < batch_size: raise ValueError(f'--batch_size {batch_size}: there are only {len(images)} training images')
-        self.dataset = _BatchDataset(images, labels, batch_size, train, augment, seed)
+        self.dataset = _BatchDataset(images, labels, batch_size, train, augment, seed, alternating_flips)
         self.keys = _Keys(len(images)//batch_size if train else -(-len(images)//batch_size))
         self.device, self.sizes = torch.device(device), sizes
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std)) # moved once: a GPU would be waited for in each batch

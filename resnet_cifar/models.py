@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Source', 'ResNet', 'list_models', 'create_model', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152',
-           'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'plain18', 'plain34', 'plain50', 'plain101',
-           'plain152', 'plain20', 'plain32', 'plain44', 'plain56', 'plain110', 'StageSummary', 'summary', 'read_file',
-           'state_dict_of', 'from_architecture', 'describe_architecture', 'load_weights']
+           'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet8', 'plain18', 'plain34', 'plain50',
+           'plain101', 'plain152', 'plain20', 'plain32', 'plain44', 'plain56', 'plain110', 'StageSummary', 'summary',
+           'whiten_stem', 'read_file', 'state_dict_of', 'from_architecture', 'describe_architecture', 'load_weights']
 
 # %% ../nbs/01_models.ipynb #imports-export
 import difflib
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from .blocks import BasicBlock, Bottleneck, conv3x3, init_weights
+from .blocks import BasicBlock, Bottleneck, PoolBlock, conv3x3, init_weights
 
 # %% ../nbs/01_models.ipynb #_stage
 def _stage(block, in_channels, channels, num_blocks, stride, shortcut):
@@ -35,30 +35,36 @@ def _stage(block, in_channels, channels, num_blocks, stride, shortcut):
     first = block(in_channels, channels, stride, shortcut)
     return nn.Sequential(first, *[block(channels*block.expansion, channels, 1, shortcut) for _ in range(num_blocks - 1)])
 
+# %% ../nbs/01_models.ipynb #_stem
+def _stem(name, width):
+    "The first convolution. The 24 filters of 'patch' are two for each of the 2*2*3 numbers that one of them sees: see `whiten_stem`."
+    if name=='cifar': return conv3x3(3, width)
+    if name=='imagenet': return nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+    if name=='patch': return nn.Conv2d(3, 24, kernel_size=2, bias=False)
+    raise ValueError(f"stem must be 'cifar', 'imagenet' or 'patch', got {name!r}")
+
 # %% ../nbs/01_models.ipynb #ResNet
 class ResNet(nn.Module):
     "A residual network: stem, three or four stages of blocks, global average pool, linear classifier (He et al. 2015, arXiv:1512.03385)."
     def __init__(self,
-        block:type,                    # `BasicBlock` or `Bottleneck`
+        block:type,                    # `BasicBlock`, `Bottleneck` or `PoolBlock`
         layers:tuple,                  # blocks in each of the three or four stages
         num_classes:int=10,            # length of the logits
-        width:int=64,                  # channels of the stem and of the first stage's 3x3 convolutions; each later stage has twice as many
+        width:int=64,                  # channels of the stem (but for 'patch') and of the first stage's 3x3 convolutions; each later stage has twice as many
         *,
         shortcut:str|None='B',         # the paper's option 'A', 'B' or 'C'; `None` is the plain network
-        stem:str='cifar',              # 'cifar': 3x3, stride 1; 'imagenet': 7x7, stride 2, and max pooling, stride 2
+        stem:str='cifar',              # 'cifar': 3x3, stride 1; 'imagenet': 7x7, stride 2, and max pooling, stride 2; 'patch': 24 filters of 2x2, stride 1, and the first stage halves the picture too
         zero_init_residual:bool=False, # every block starts as its shortcut, see `blocks.init_weights`
     ):
         super().__init__()
         if len(layers) not in (3, 4) or min(layers) < 1: raise ValueError(f'layers must be three or four positive numbers, got {layers}')
         if num_classes < 1 or width < 1: raise ValueError(f'num_classes and width must be positive, got {num_classes} and {width}')
-        if stem not in ('cifar', 'imagenet'): raise ValueError(f"stem must be 'cifar' or 'imagenet', got {stem!r}")
-        small = stem=='cifar'
-        self.conv1 = conv3x3(3, width) if small else nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1, self.relu = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if small else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        in_channels = width
+        self.conv1 = _stem(stem, width)
+        in_channels = self.conv1.out_channels
+        self.bn1, self.relu = nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if stem=='imagenet' else nn.Identity()
         for i, num_blocks in enumerate(layers): # stages after the first halve the picture
-            self.add_module(f'layer{i+1}', _stage(block, in_channels, width*2**i, num_blocks, 2 if i else 1, shortcut))
+            self.add_module(f'layer{i+1}', _stage(block, in_channels, width*2**i, num_blocks, 2 if i or stem=='patch' else 1, shortcut))
             in_channels = width*2**i*block.expansion
         self.num_stages, self.num_features = len(layers), in_channels
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(in_channels, num_classes)
@@ -89,6 +95,7 @@ _REGISTRY = {
     **{f'resnet{6*n + 2}': dict(block=BasicBlock, layers=(n, n, n), width=16, shortcut='A') for n in (3, 5, 7, 9, 18)}, # section 4.2
 }
 _REGISTRY |= {name.replace('resnet', 'plain'): entry | dict(shortcut=None) for name, entry in _REGISTRY.items()}
+_REGISTRY['resnet8'] = dict(block=PoolBlock, layers=(1, 1, 1), width=80, stem='patch')
 
 # %% ../nbs/01_models.ipynb #list_models
 def list_models()->list[str]: # names that `create_model` takes
@@ -103,7 +110,7 @@ def create_model(
     name:str,           # a name from `list_models()`, in any mixture of capitals: 'ResNet18' or 'resnet18'; others raise `ValueError`
     num_classes:int=10, # length of the logits
     *,
-    width:int|None=None, # channels of the first stage; left out: the network's own, 64, or 16 for 20 … 110 layers
+    width:int|None=None, # channels of the first stage; left out: the network's own, 64, or 16 for 20 … 110 layers, 80 for 8
     weights:Source|None=None, # a file or a state dict for `load_weights`; left out: random weights
     **kwargs,           # passed on to `ResNet`: `shortcut`, `stem`, `zero_init_residual`
 )->ResNet:
@@ -181,6 +188,11 @@ def resnet56(num_classes:int=10, *, weights:Source|None=None)->ResNet:
 def resnet110(num_classes:int=10, *, weights:Source|None=None)->ResNet:
     "ResNet-110 of He et al. 2016, section 4.2: 3 stages of 18 basic blocks on 16, 32 and 64 channels, option A; 1.73 M parameters."
     return create_model('resnet110', num_classes, weights=weights)
+
+# %% ../nbs/01_models.ipynb #resnet8
+def resnet8(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+    "A network for fast learning: a stem of 2x2 patches and 3 `PoolBlock`s on 80, 160 and 320 channels; 1.8 M parameters."
+    return create_model('resnet8', num_classes, weights=weights)
 
 # %% ../nbs/01_models.ipynb #plain-functions
 def plain18(num_classes:int=10, *, weights:Source|None=None)->ResNet:
@@ -269,6 +281,22 @@ def summary(
     rows = [StageSummary(name, shape, count(getattr(model, name)), flops.get(name, 0)//2, kept.bytes[name]) for name, shape in shapes.items()]
     return rows + [StageSummary('total', rows[-1].output_shape, count(model), counter.get_total_flops()//2, kept.bytes.total())]
 
+# %% ../nbs/01_models.ipynb #whiten_stem
+@torch.no_grad()
+def whiten_stem(
+    model:nn.Module, # a `ResNet`; the filters of `conv1` are replaced, and trained no further
+    images:Tensor,   # float (N, 3, H, W): normalised training images, about a thousand
+)->None:
+    "The first filters become the principal components of the images' patches, scaled to variance 1, and their negatives (Page 2018; Jordan 2024, arXiv:2404.00498)."
+    weight = model.conv1.weight
+    size = weight.shape[2]
+    patches = images.cpu().double().unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3*size**2)
+    variances, directions = torch.linalg.eigh(patches.t() @ patches/len(patches)) # the smallest first
+    filters = (directions/(variances + 5e-4).sqrt()).t().flip(0) # what hardly varies is noise: 5e-4 keeps it from being blown up
+    filters = torch.cat([filters, -filters])[:len(weight)].view(-1, 3, size, size)
+    weight[:len(filters)] = filters.to(weight)
+    weight.requires_grad_(False)
+
 # %% ../nbs/01_models.ipynb #read_file
 def _decode(raw, where):
     "What `torch.save` or a safetensors writer put into these bytes: tensors and plain values."
@@ -319,7 +347,7 @@ def state_dict_of(
     return state
 
 # %% ../nbs/01_models.ipynb #from_architecture
-_BLOCKS = {'BasicBlock': BasicBlock, 'Bottleneck': Bottleneck}
+_BLOCKS = {block.__name__: block for block in (BasicBlock, Bottleneck, PoolBlock)}
 
 def _checked(architecture):
     "The description of a network, looked at before it is believed: it may come from a file."
@@ -327,7 +355,7 @@ def _checked(architecture):
     a = architecture if isinstance(architecture, Mapping) else {}
     layers = a.get('layers')
     right = (a.keys()=={'block', 'layers', 'num_classes', 'width', 'shortcut', 'stem'} and a['block'] in [*_BLOCKS] and isinstance(layers, (list, tuple)) and all(is_count(n, 1000) for n in layers)
-             and len(layers) in (3, 4) and sum(layers) <= 1000 and is_count(a['num_classes'], 10**6) and is_count(a['width'], 4096) and a['shortcut'] in ['A', 'B', 'C', None] and a['stem'] in ['cifar', 'imagenet'])
+             and len(layers) in (3, 4) and sum(layers) <= 1000 and is_count(a['num_classes'], 10**6) and is_count(a['width'], 4096) and a['shortcut'] in ['A', 'B', 'C', None] and a['stem'] in ['cifar', 'imagenet', 'patch'])
     if not right: raise ValueError(f'{str(architecture)[:200]} describes no ResNet')
     return dict(a, layers=list(layers))
 
@@ -343,10 +371,13 @@ def _likely_architectures(state):
     "Arguments of `ResNet` with which it has exactly these keys and shapes: none, one, or two (option A and the plain network)."
     conv1, fc = state.get('conv1.weight'), state.get('fc.weight')
     if conv1 is None or fc is None or (conv1.ndim, fc.ndim)!=(4, 2): return []
+    patch = conv1.shape[-1]==2
+    width = state['layer1.0.conv1.weight'].shape[0] if patch and 'layer1.0.conv1.weight' in state else conv1.shape[0]
     layers = [len({key.split('.')[1] for key in state if key.startswith(f'layer{i}.')}) for i in (1, 2, 3, 4)]
     kinds = ['C'] if 'layer1.0.downsample.0.weight' in state and 'layer2.1.downsample.0.weight' in state else ['B'] if 'layer2.0.downsample.0.weight' in state else ['A', None]
-    found = [dict(block='Bottleneck' if 'layer1.0.conv3.weight' in state else 'BasicBlock', layers=[n for n in layers if n], num_classes=fc.shape[0],
-                  width=conv1.shape[0], shortcut=kind, stem='imagenet' if conv1.shape[-1]==7 else 'cifar') for kind in kinds]
+    if patch: kinds = ['C'] if 'layer1.0.downsample.0.weight' in state else ['B', None]
+    found = [dict(block='PoolBlock' if patch else 'Bottleneck' if 'layer1.0.conv3.weight' in state else 'BasicBlock', layers=[n for n in layers if n], num_classes=fc.shape[0],
+                  width=width, shortcut=kind, stem='patch' if patch else 'imagenet' if conv1.shape[-1]==7 else 'cifar') for kind in kinds]
     try:
         with torch.device('meta'): return [a for a in found if not _differences(from_architecture(a), state)]
     except ValueError: return []

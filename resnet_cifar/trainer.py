@@ -34,9 +34,9 @@ from torch import nn
 import resnet_cifar
 from .checkpoint import Checkpointer, _model_of, load_checkpoint, replacing, require_room, restore, save_checkpoint, state_digest
 from .config import TrainConfig, TrainFlags, parse_args
-from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, split_train_valid
+from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, normalize, split_train_valid
 from .fetch import Stopped, _require_writable, download_cifar10, locked, on_signal, one_line_errors
-from .models import _REGISTRY, create_model, summary
+from .models import _REGISTRY, create_model, summary, whiten_stem
 from .training import BY_BATCH, EMA, Callback, TrainState, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
 
 # %% ../nbs/07_trainer.ipynb #pick_device
@@ -81,7 +81,7 @@ def make_loaders(
     train = train[:config.limit_train]
     common = dict(device=device, channels_last=config.channels_last)
     images, labels = to_device(dataset.train_images), to_device(dataset.train_labels)
-    loaders = [BatchLoader(images[train], labels[train], config.batch_size, train=True, augment=config.transform, seed=config.random_seed,
+    loaders = [BatchLoader(images[train], labels[train], config.batch_size, train=True, augment=config.transform, alternating_flips=config.alternating_flips, seed=config.random_seed,
                            num_workers=config.num_workers, sizes=config.image_sizes, **common),
                BatchLoader(images[valid], labels[valid], 500, **common) if len(valid) else None,
                BatchLoader(to_device(dataset.test_images[:config.limit_test]), to_device(dataset.test_labels[:config.limit_test]), 500, **common)]
@@ -286,8 +286,8 @@ def _test(config, loaders, state, seconds):
 _RUN_FILES = ('result.json', 'previous.ckpt', 'last.ckpt', 'best.ckpt', 'history.csv', 'curves.png', 'config.json') # in the order in which an old run is removed: killed at any point, it is whole or gone
 _PLACES = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum')
 _FREE = (*_PLACES, 'tta', 'limit_test')                        # these change nothing that a run has computed so far
-_FIXED = ('model_name', 'width', 'optimizer', 'lr_scheduler', 'valid_size') # what a checkpoint holds, and what its best epoch was chosen on
-_BATCHES = ('batch_size', 'random_seed', 'limit_train', 'image_sizes', 'transform') # an epoch that has begun is made of these
+_FIXED = ('model_name', 'width', 'whiten', 'optimizer', 'lr_scheduler', 'valid_size') # what a checkpoint holds, and what its best epoch was chosen on
+_BATCHES = ('batch_size', 'random_seed', 'limit_train', 'image_sizes', 'transform', 'alternating_flips') # an epoch that has begun is made of these
 _PLAN = ('lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'limit_train')
 
 def _read_json(path):
@@ -400,7 +400,7 @@ def run(
         dataset = load_or_fetch(config.root, config.skip_checksum)
         with _kernels(config.deterministic), _memory_advice(config):
             folder, loaders = Path(config.ckpt_dir), make_loaders(config, dataset)
-            state, kept = _new_run(config, len(loaders[0]), callbacks)
+            state, kept = _new_run(config, loaders[0], callbacks)
             if saved is not None: restore(state, saved, kept, _position(config, saved, len(loaders[0])))
             source = _source(config, resume)
             here = saved is not None and source.resolve()==folder.resolve() # the run goes on in its own folder
@@ -444,13 +444,14 @@ def _open_folder(config, here, changed):
     settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources()))
     _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
 
-def _new_run(config, steps_per_epoch, callbacks):
+def _new_run(config, train, callbacks):
     "(`TrainState` of a run before its first step, callbacks whose state is saved)."
     with torch.random.fork_rng(devices=[]): # the weights depend on the seed, and nobody else's draws do
         torch.manual_seed(config.random_seed)
         model = create_model(config.model_name, num_classes=len(CLASSES), width=config.width).to(config.device)
+    if config.whiten: whiten_stem(model, normalize(train.dataset.images[:1000])) # a thousand pictures are nearly a million patches
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
-    return new_state(model, config, steps_per_epoch), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
+    return new_state(model, config, len(train)), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
 
 def _position(config, saved, steps_per_epoch):
     "Where in a new schedule the run is, if the settings that make the schedule have changed; else `None`."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BY_BATCH', 'pick_precision', 'PatchGradients', 'train_step', 'Metrics', 'Progress', 'train_epoch', 'predict',
-           'evaluate', 'make_optimizer', 'make_scheduler', 'lr_plan', 'TrainState', 'new_state', 'Callback', 'fit',
-           'compile_model', 'EMA', 'plot_history']
+           'evaluate', 'orthogonalize', 'Muon', 'make_optimizer', 'make_scheduler', 'lr_plan', 'TrainState',
+           'new_state', 'Callback', 'fit', 'compile_model', 'EMA', 'plot_history']
 
 # %% ../nbs/05_training.ipynb #imports-export
 import contextlib
@@ -221,6 +221,52 @@ def evaluate(
     "Loss and accuracy over all images, each counted once, in evaluation mode."
     return _metrics_of(*_answers(model, batches, precision, tta))
 
+# %% ../nbs/05_training.ipynb #orthogonalize
+def orthogonalize(
+    matrix:Tensor,            # (rows, columns)
+    dtype:torch.dtype=torch.bfloat16, # of the matrix products
+    rounds:int=3,             # of the polynomial: more lift smaller singular values too
+)->Tensor:                    # the same shape, in `dtype`: singular vectors as before, singular values near 1
+    "Make all directions of a matrix about equally long, by Newton and Schulz's iteration (Jordan et al. 2024)."
+    x = matrix.to(dtype)
+    if len(matrix) > matrix.shape[1]: x = x.t()
+    x = x/(x.norm() + 1e-7) # no singular value is longer than the whole
+    for _ in range(rounds):
+        square = x @ x.t()
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.t() if len(matrix) > matrix.shape[1] else x
+
+# %% ../nbs/05_training.ipynb #Muon
+class Muon(torch.optim.Optimizer):
+    "Muon for filters (parameters with four dimensions), SGD with Nesterov momentum for the rest, both at one rate. `torch.optim.Muon` takes matrices only."
+    def __init__(self,
+        params:Iterable,        # parameters, or groups of them
+        lr:float,               # the share of its own length by which a filter bank moves, about; and the rate of SGD
+        momentum:float=0.6,     # of both
+        weight_decay:float=0.0, # of the rest; a filter bank is kept at the length sqrt(number of filters): batch norm makes it irrelevant, so it need not grow
+        dtype:torch.dtype=torch.bfloat16, # for `orthogonalize`
+    ):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self,
+        closure:Any=None, # not used: there for PyTorch's sake
+    )->None:
+        "One step, for all parameters with a gradient."
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None: continue
+                is_filter, state = p.ndim==4, self.state[p]
+                grad = p.grad if is_filter else p.grad + group['weight_decay']*p
+                if not state: state['momentum_buffer'] = torch.zeros_like(p)
+                moved = state['momentum_buffer'].mul_(group['momentum']).add_(grad)
+                update = grad + group['momentum']*moved
+                if is_filter:
+                    p.mul_(len(p)**0.5/(p.norm() + 1e-7))
+                    update = orthogonalize(update.flatten(1), self.dtype).view(p.shape).to(p.dtype)
+                p.sub_(group['lr']*update)
+
 # %% ../nbs/05_training.ipynb #make_optimizer
 def make_optimizer(
     model:nn.Module,    # its parameters are optimized
@@ -229,6 +275,9 @@ def make_optimizer(
     "The optimizer that the settings name."
     fused = all(p.device.type in ('cpu', 'cuda', 'mps') for p in model.parameters())
     common = dict(lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    if config.optimizer=='Muon':
+        dtype = torch.bfloat16 if pick_precision(config.precision, next(model.parameters()).device)=='bf16' else torch.float32
+        return Muon(model.parameters(), config.lr, config.momentum, config.weight_decay, dtype)
     if config.optimizer=='SGD': return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.momentum > 0, **common)
     return {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW}[config.optimizer](model.parameters(), **common)
 
