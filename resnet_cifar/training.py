@@ -238,15 +238,16 @@ def orthogonalize(
 
 # %% ../nbs/05_training.ipynb #Muon
 class Muon(torch.optim.Optimizer):
-    "Muon for filters (parameters with four dimensions), SGD with Nesterov momentum for the rest, both at one rate. `torch.optim.Muon` takes matrices only."
+    "Muon for filters (parameters with four dimensions), SGD with Nesterov momentum for the rest. `torch.optim.Muon` takes matrices only."
     def __init__(self,
         params:Iterable,        # parameters, or groups of them
-        lr:float,               # the share of its own length by which a filter bank moves, about; and the rate of SGD
+        lr:float,               # the share of its own length by which a filter bank moves, about
         momentum:float=0.6,     # of both
         weight_decay:float=0.0, # of the rest; a filter bank is kept at the length sqrt(number of filters): batch norm makes it irrelevant, so it need not grow
+        sgd_share:float=0.1,    # the rate of SGD, as a share of `lr`
         dtype:torch.dtype=torch.bfloat16, # for `orthogonalize`
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, sgd_share=sgd_share))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -265,7 +266,7 @@ class Muon(torch.optim.Optimizer):
                 if is_filter:
                     p.mul_(len(p)**0.5/(p.norm() + 1e-7))
                     update = orthogonalize(update.flatten(1), self.dtype).view(p.shape).to(p.dtype)
-                p.sub_(group['lr']*update)
+                p.sub_(update, alpha=group['lr']*(1 if is_filter else group['sgd_share']))
 
 # %% ../nbs/05_training.ipynb #make_optimizer
 def make_optimizer(
@@ -277,7 +278,7 @@ def make_optimizer(
     common = dict(lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     if config.optimizer=='Muon':
         dtype = torch.bfloat16 if pick_precision(config.precision, next(model.parameters()).device)=='bf16' else torch.float32
-        return Muon(model.parameters(), config.lr, config.momentum, config.weight_decay, dtype)
+        return Muon(model.parameters(), config.lr, config.momentum, config.weight_decay, dtype=dtype)
     if config.optimizer=='SGD': return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.momentum > 0, **common)
     return {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW}[config.optimizer](model.parameters(), **common)
 

@@ -26,7 +26,7 @@ from conftest import ROOT, pack_batches
 from resnet_cifar import trainer, training
 from resnet_cifar.checkpoint import _sealed, load_checkpoint, load_model, save_checkpoint, save_pretrained
 from resnet_cifar.cli import main
-from resnet_cifar.config import TrainConfig
+from resnet_cifar.config import RECIPES, TrainConfig
 from resnet_cifar.data import sample_cifar10
 from resnet_cifar.fetch import Stopped, read_cifar10, verify_cifar10
 from resnet_cifar.models import create_model
@@ -99,6 +99,23 @@ def test_signal_saves_and_the_run_goes_on(cifar10_root, tmp_path, number, until,
     assert outcome(tmp_path/'stopped')==outcome(tmp_path/'whole')
     if 'OneCycleLR' in settings.values(): assert re.search(r'going on after \d finished epochs and \d+ steps', again.stdout) # within an epoch
     assert sorted(p.name for p in (tmp_path/'stopped').iterdir())==sorted(p.name for p in (tmp_path/'whole').iterdir())
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_recipe_goes_on_within_an_epoch(cifar10_root, tmp_path, recipe):
+    "A recipe in small: a thin network, few images, three epochs at three sizes."
+    def argv(folder):
+        return ['train', '--recipe', recipe, *map(str, ('--root', cifar10_root, '--ckpt_dir', folder, '--width', 8, '--batch_size', 32, '--limit_train', 2560, '--limit_test', 500,
+                                                       '--num_epochs', 3, '--image_sizes', 16, 24, 32, '--precision', 'fp32', '--device', 'cpu', '--no_compile'))]
+    said = program(*argv(tmp_path/'whole')).stdout
+    assert re.search('^device .* fp32', said, re.M) and re.search(r'^expected +about \d+', said, re.M) # what a processor without bf16 gets
+    process = start(argv(tmp_path/'stopped'), 'epoch   0')
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=300) and process.returncode==143
+    again = program(*argv(tmp_path/'stopped'), '--resume', 'auto').stdout
+    assert re.search(r'going on after \d finished epochs and \d+ steps', again)
+    assert outcome(tmp_path/'stopped')==outcome(tmp_path/'whole')
 
 
 def test_second_signal_stops_at_once(cifar10_root, tmp_path):
