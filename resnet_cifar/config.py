@@ -69,6 +69,7 @@ class TrainConfig:
     ema_decay:float=0.0                 # average of the weights over steps, used for evaluation: 0 off, 0.999 remembers about 1,000 steps
     whiten:bool=False                   # compute the first filters from training images (principal components of patches) and keep them
     transform:bool=False                # random crop and flip of training images (normalising always happens)
+    crop_padding:int=4                  # with --transform: pixels by which a crop may be off; 0: flips only
     alternating_flips:bool=False        # with --transform: each image is mirrored in every second epoch, not by chance
     image_sizes:tuple[int, ...]=()      # height and width of training images for each epoch, the last for all later ones; none: as they are
     valid_size:int=5000                 # training images set aside to choose the best epoch; 0: train on all, test the last epoch
@@ -90,7 +91,7 @@ class TrainConfig:
 _NAMES = dict(model_name=MODELS, optimizer=OPTIMIZERS, lr_scheduler=SCHEDULERS, precision=('auto', 'fp32', 'bf16'), device=('auto', 'cpu', 'cuda', 'mps'))
 _RANGES = dict( # at least, at most; True: more than the first
     width=(1, 1024), random_seed=(0, 2**32 - 1), batch_size=(1,), num_epochs=(1,), lr=(0, math.inf, True), momentum=(0, 1), weight_decay=(0,),
-    t_max=(1,), pct_start=(0.01, 0.99), step_size=(1,), gamma=(0, 1, True), label_smoothing=(0, 1), ema_decay=(0, 0.999999),
+    t_max=(1,), pct_start=(0.01, 0.99), step_size=(1,), gamma=(0, 1, True), label_smoothing=(0, 1), crop_padding=(0, 16), ema_decay=(0, 0.999999),
     valid_size=(0,), limit_train=(1,), limit_test=(1,), num_workers=(0, 64))
 
 # %% ../nbs/04_config.ipynb #check_and_settle

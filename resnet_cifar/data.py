@@ -152,8 +152,8 @@ def augment(
 # %% ../nbs/03_data.ipynb #_BatchDataset
 class _BatchDataset(Dataset):
     "Batch number b of epoch e, as a pure function of (e, b)."
-    def __init__(self, images, labels, batch_size, shuffle, augment, seed, alternating):
-        self.images, self.labels, self.batch_size, self.shuffle, self.augment, self.seed, self.alternating = images, labels, batch_size, shuffle, augment, seed, alternating
+    def __init__(self, images, labels, batch_size, shuffle, augment, padding, alternating, seed):
+        self.images, self.labels, self.batch_size, self.shuffle, self.augment, self.padding, self.alternating, self.seed = images, labels, batch_size, shuffle, augment, padding, alternating, seed
         self.epoch, self.plan = None, None
 
     def __getitem__(self, key):
@@ -161,10 +161,10 @@ class _BatchDataset(Dataset):
         places = slice(number*self.batch_size, (number + 1)*self.batch_size)
         if not self.shuffle: return self.images[places], self.labels[places]
         if epoch!=self.epoch: # drawn once an epoch in each process
-            self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan_epoch(len(self.images), self.seed, epoch, alternating=self.alternating)))
+            self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan_epoch(len(self.images), self.seed, epoch, self.padding, self.alternating)))
         index = self.plan.order[places]
         images = self.images[index]
-        if self.augment: images = augment(images, self.plan.rows[index], self.plan.columns[index], self.plan.flips[index])
+        if self.augment: images = augment(images, self.plan.rows[index], self.plan.columns[index], self.plan.flips[index], self.padding)
         return images, self.labels[index]
 
 # %% ../nbs/03_data.ipynb #_keys
@@ -198,6 +198,7 @@ class BatchLoader:
         *,
         train:bool=False,         # shuffle, and leave out a short last batch; else in order, every image once
         augment:bool=False,       # random crop and flip, for training
+        padding:int=4,            # pixels by which a crop may be off, see `plan_epoch`
         alternating_flips:bool=False, # flip by turns instead of by chance, see `plan_epoch`
         seed:int=0,               # of order and augmentation
         num_workers:int=0,        # background processes that prepare batches; 0: the main one does it
@@ -208,7 +209,7 @@ class BatchLoader:
         std:tuple=CIFAR10_STD,    # of each channel, for `normalize`
     ):
         if train and len(images) < batch_size: raise ValueError(f'--batch_size {batch_size}: there are only {len(images)} training images')
-        self.dataset = _BatchDataset(images, labels, batch_size, train, augment, seed, alternating_flips)
+        self.dataset = _BatchDataset(images, labels, batch_size, train, augment, padding, alternating_flips, seed)
         self.keys = _Keys(len(images)//batch_size if train else -(-len(images)//batch_size))
         self.device, self.sizes = torch.device(device), sizes
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std)) # moved once: a GPU would be waited for in each batch

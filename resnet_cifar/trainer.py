@@ -81,7 +81,7 @@ def make_loaders(
     train = train[:config.limit_train]
     common = dict(device=device, channels_last=config.channels_last)
     images, labels = to_device(dataset.train_images), to_device(dataset.train_labels)
-    loaders = [BatchLoader(images[train], labels[train], config.batch_size, train=True, augment=config.transform, alternating_flips=config.alternating_flips, seed=config.random_seed,
+    loaders = [BatchLoader(images[train], labels[train], config.batch_size, train=True, augment=config.transform, padding=config.crop_padding, alternating_flips=config.alternating_flips, seed=config.random_seed,
                            num_workers=config.num_workers, sizes=config.image_sizes, **common),
                BatchLoader(images[valid], labels[valid], 500, **common) if len(valid) else None,
                BatchLoader(to_device(dataset.test_images[:config.limit_test]), to_device(dataset.test_labels[:config.limit_test]), 500, **common)]
@@ -287,7 +287,7 @@ _RUN_FILES = ('result.json', 'previous.ckpt', 'last.ckpt', 'best.ckpt', 'history
 _PLACES = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum')
 _FREE = (*_PLACES, 'tta', 'limit_test')                        # these change nothing that a run has computed so far
 _FIXED = ('model_name', 'width', 'whiten', 'optimizer', 'lr_scheduler', 'valid_size') # what a checkpoint holds, and what its best epoch was chosen on
-_BATCHES = ('batch_size', 'random_seed', 'limit_train', 'image_sizes', 'transform', 'alternating_flips') # an epoch that has begun is made of these
+_BATCHES = ('batch_size', 'random_seed', 'limit_train', 'image_sizes', 'transform', 'crop_padding', 'alternating_flips') # an epoch that has begun is made of these
 _PLAN = ('lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'limit_train')
 
 def _read_json(path):
