@@ -179,6 +179,13 @@ def _names_of(callbacks):
     names = [type(callback).__name__ for callback in callbacks]
     return [(f'{name} {names[:i].count(name) + 1}', callback) for i, (name, callback) in enumerate(zip(names, callbacks))]
 
+# %% ../nbs/06_checkpoint.ipynb #_advance
+def _advance(scheduler, steps):
+    "Take a new schedule, or none, to where it is after so many of its steps."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # PyTorch wonders that no step of the optimizer came first
+        for _ in range(steps if scheduler is not None else 0): scheduler.step()
+
 # %% ../nbs/06_checkpoint.ipynb #restore
 def restore(
     state:TrainState,       # a fresh run; changed in place
@@ -192,9 +199,7 @@ def restore(
     state.optimizer.load_state_dict(content['optimizer'])
     if position is not None:
         for group, values in zip(state.optimizer.param_groups, new): group.update(values)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # PyTorch wonders that no step of the optimizer came first
-            for _ in range(position if state.scheduler is not None else 0): state.scheduler.step()
+        _advance(state.scheduler, position)
     elif state.scheduler is not None: state.scheduler.load_state_dict(content['scheduler'])
     there = dict(_names_of(callbacks))
     for name, callback_state in content['callbacks'].items():

@@ -53,6 +53,7 @@ class TrainConfig:
     ckpt_dir:str='./checkpoints'        # run folder: config, history, checkpoints, curves and result go here
     model_name:str='resnet18'           # resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110; plain18 … without shortcuts; resnet8, which learns fast; in any capitals
     width:int|None=None                 # channels of the first stage, less is quicker; left out: the model's own, 64, or 16 for 20 to 110 layers, 80 for 8
+    narrow_epochs:int=0                 # so many epochs with half the width; then every channel is doubled, and training goes on
     random_seed:int=0                   # of weights, order and augmentation
     batch_size:int=32                   # images in a training step
     num_epochs:int=20                   # passes over the training images
@@ -92,7 +93,7 @@ _NAMES = dict(model_name=MODELS, optimizer=OPTIMIZERS, lr_scheduler=SCHEDULERS, 
 _RANGES = dict( # at least, at most; True: more than the first
     width=(1, 1024), random_seed=(0, 2**32 - 1), batch_size=(1,), num_epochs=(1,), lr=(0, math.inf, True), momentum=(0, 1), weight_decay=(0,),
     t_max=(1,), pct_start=(0.01, 0.99), step_size=(1,), gamma=(0, 1, True), label_smoothing=(0, 1), crop_padding=(0, 16), ema_decay=(0, 0.999999),
-    valid_size=(0,), limit_train=(1,), limit_test=(1,), num_workers=(0, 64))
+    valid_size=(0,), narrow_epochs=(0,), limit_train=(1,), limit_test=(1,), num_workers=(0, 64))
 
 # %% ../nbs/04_config.ipynb #check_and_settle
 def _check_and_settle(config):
@@ -104,6 +105,8 @@ def _check_and_settle(config):
     for flag, limits in _RANGES.items():
         value = getattr(config, flag)
         if value is not None: _require_range(flag, value, *limits)
+    if config.narrow_epochs >= config.num_epochs: raise ValueError(f'--narrow_epochs {config.narrow_epochs}: must be less than --num_epochs {config.num_epochs}')
+    if config.narrow_epochs and (config.width or 0)%2: raise ValueError(f'--width {config.width}: must be even for --narrow_epochs')
     for size in config.image_sizes:
         _require_type('image_sizes', size, 0)
         _require_range('image_sizes', size, 8, 256)

@@ -6,7 +6,8 @@
 __all__ = ['Source', 'ResNet', 'list_models', 'create_model', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152',
            'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet8', 'plain18', 'plain34', 'plain50',
            'plain101', 'plain152', 'plain20', 'plain32', 'plain44', 'plain56', 'plain110', 'StageSummary', 'summary',
-           'whiten_stem', 'read_file', 'state_dict_of', 'from_architecture', 'describe_architecture', 'load_weights']
+           'whiten_stem', 'read_file', 'state_dict_of', 'from_architecture', 'describe_architecture', 'load_weights',
+           'widen']
 
 # %% ../nbs/01_models.ipynb #imports-export
 import difflib
@@ -422,3 +423,26 @@ def load_weights(
     own = model.state_dict()
     model.load_state_dict({key: state.get(_plain_key(key), torch.tensor(0)) for key in own}) # 0 batches, where they were not counted
     return model
+
+# %% ../nbs/01_models.ipynb #widen
+@torch.no_grad()
+def widen(
+    model:ResNet,  # with shortcuts B, C or none; left as it is
+    seed:int=0,    # of the tilt
+    tilt:float=0.5, # how far the two halves of a weight differ, in standard deviations of the half
+)->ResNet:         # on the same device; with option A, whose zeros have no place among doubled channels, a `ValueError`
+    "The same function with twice the width: each channel twice, each weight split between the copies (Chen et al. 2015)."
+    if model.architecture['shortcut']=='A': raise ValueError('a network with shortcuts of option A cannot be widened')
+    device, rng = model.fc.weight.device, torch.Generator().manual_seed(seed)
+    wide = from_architecture(model.architecture | dict(width=2*model.architecture['width'])).to(device).train(model.training)
+    narrow = model.state_dict()
+    for key, new in wide.state_dict().items():
+        old = narrow[key]
+        times = [n//o for n, o in zip(new.shape, old.shape)] # 1 or 2 in each dimension
+        value = old.repeat(times)
+        if old.ndim > 1 and times[1]==2: # the copies of an input follow all originals
+            more = torch.randn(value[:, ::2].shape, generator=rng).to(device)*tilt*old.std()/2
+            value = value/2 + torch.cat([more, -more], 1)
+        new.copy_(value)
+    for p, old in zip(wide.parameters(), model.parameters()): p.requires_grad_(old.requires_grad)
+    return wide

@@ -32,11 +32,11 @@ import torch
 from torch import nn
 
 import resnet_cifar
-from .checkpoint import Checkpointer, _model_of, load_checkpoint, replacing, require_room, restore, save_checkpoint, state_digest
+from .checkpoint import Checkpointer, _advance, _model_of, load_checkpoint, replacing, require_room, restore, save_checkpoint, state_digest
 from .config import TrainConfig, TrainFlags, parse_args
 from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, normalize, split_train_valid
 from .fetch import Stopped, _require_writable, download_cifar10, locked, on_signal, one_line_errors
-from .models import _REGISTRY, create_model, summary, whiten_stem
+from .models import _REGISTRY, create_model, summary, whiten_stem, widen
 from .training import BY_BATCH, EMA, Callback, TrainState, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
 
 # %% ../nbs/07_trainer.ipynb #pick_device
@@ -121,8 +121,11 @@ def describe(
     "Print the plan of a run before its first epoch."
     train, valid, test = loaders
     num_train, num_valid, num_test = (len(l.dataset.images) if l else 0 for l in loaders)
-    total, plan = summary(model)[-1], lr_plan(config, len(train))
-    print(f'model        {config.model_name}, width {config.width}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image')
+    parts = [(model, config, finished)]
+    if finished < config.narrow_epochs: parts = [(model, dataclasses.replace(config, num_epochs=config.narrow_epochs, narrow_epochs=0), finished), (widen(model), config, config.narrow_epochs)]
+    total, plan = summary(parts[-1][0])[-1], lr_plan(config, len(train))
+    narrow = f'; half as wide for {config.narrow_epochs} epochs' if config.narrow_epochs else ''
+    print(f'model        {config.model_name}, width {config.width}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image{narrow}')
     print(f'device       {machine_name(config.device)}, {config.precision}, {"channels_last" if config.channels_last else "contiguous"}, {torch.get_num_threads()} threads')
     print(f'data         {num_train:,} training, {num_valid:,} validation and {num_test:,} test images; {len(train):,} batches of {config.batch_size} an epoch')
     epochs = sorted({0, plan.index(max(plan)), plan.index(min(plan)), len(plan) - 1})
@@ -130,7 +133,7 @@ def describe(
     if config.lr_scheduler=='CosineAnnealingLR' and (config.t_max or config.num_epochs) < config.num_epochs:
         print(f'  warning: --t_max {config.t_max} is less than --num_epochs {config.num_epochs}: the rate reaches 0 in epoch {config.t_max} and climbs again; leave --t_max out to end at 0')
     print(f'run folder   {config.ckpt_dir}' + (f', going on after {finished} finished epochs' + (f' and {steps} steps' if steps else '') if finished or steps else ''))
-    seconds = expected_seconds(model, config, num_train, num_valid*(config.num_epochs - finished) + num_test, finished)
+    seconds = sum(expected_seconds(part, its, num_train, num_valid*(its.num_epochs - begin) + (num_test if its is config else 0), begin) for part, its, begin in parts)
     print(f'expected     {"about %.0f min" % (seconds/60) if seconds > 90 else "about %.0f s" % seconds}' + (', and the time to compile' if config.compile else ''), flush=True)
 
 # %% ../nbs/07_trainer.ipynb #machine_name
@@ -286,7 +289,7 @@ def _test(config, loaders, state, seconds):
 _RUN_FILES = ('result.json', 'previous.ckpt', 'last.ckpt', 'best.ckpt', 'history.csv', 'curves.png', 'config.json') # in the order in which an old run is removed: killed at any point, it is whole or gone
 _PLACES = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum')
 _FREE = (*_PLACES, 'tta', 'limit_test')                        # these change nothing that a run has computed so far
-_FIXED = ('model_name', 'width', 'whiten', 'optimizer', 'lr_scheduler', 'valid_size') # what a checkpoint holds, and what its best epoch was chosen on
+_FIXED = ('model_name', 'width', 'narrow_epochs', 'whiten', 'optimizer', 'lr_scheduler', 'valid_size') # what a checkpoint holds, and what its best epoch was chosen on
 _BATCHES = ('batch_size', 'random_seed', 'limit_train', 'image_sizes', 'transform', 'crop_padding', 'alternating_flips') # an epoch that has begun is made of these
 _PLAN = ('lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'limit_train')
 
@@ -400,7 +403,7 @@ def run(
         dataset = load_or_fetch(config.root, config.skip_checksum)
         with _kernels(config.deterministic), _memory_advice(config):
             folder, loaders = Path(config.ckpt_dir), make_loaders(config, dataset)
-            state, kept = _new_run(config, loaders[0], callbacks)
+            state, kept = _new_run(config, loaders[0], callbacks, saved)
             if saved is not None: restore(state, saved, kept, _position(config, saved, len(loaders[0])))
             source = _source(config, resume)
             here = saved is not None and source.resolve()==folder.resolve() # the run goes on in its own folder
@@ -444,14 +447,24 @@ def _open_folder(config, here, changed):
     settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources()))
     _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
 
-def _new_run(config, train, callbacks):
+def _new_run(config, train, callbacks, saved):
     "(`TrainState` of a run before its first step, callbacks whose state is saved)."
+    width = saved['architecture']['width'] if saved is not None else config.width//2 if config.narrow_epochs else config.width
     with torch.random.fork_rng(devices=[]): # the weights depend on the seed, and nobody else's draws do
         torch.manual_seed(config.random_seed)
-        model = create_model(config.model_name, num_classes=len(CLASSES), width=config.width).to(config.device)
+        model = create_model(config.model_name, num_classes=len(CLASSES), width=width).to(config.device)
     if config.whiten: whiten_stem(model, normalize(train.dataset.images[:1000])) # a thousand pictures are nearly a million patches
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     return new_state(model, config, len(train)), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
+
+def _widened(state, config, steps_per_epoch):
+    "The same run with twice the channels: a new optimizer, the schedule where it was."
+    model = widen(state.model, config.random_seed)
+    if config.channels_last: model = model.to(memory_format=torch.channels_last)
+    wide = new_state(model, config, steps_per_epoch)
+    _advance(wide.scheduler, state.epoch*(steps_per_epoch if config.lr_scheduler in BY_BATCH else 1))
+    wide.epoch, wide.history = state.epoch, state.history
+    return wide
 
 def _position(config, saved, steps_per_epoch):
     "Where in a new schedule the run is, if the settings that make the schedule have changed; else `None`."
@@ -474,7 +487,11 @@ def _train_and_test(config, loaders, state, kept, seconds):
     saving = Checkpointer(folder, config, kept)
     try:
         with on_signal(stop):
-            fit(state.model, train, valid, config, [*kept, saving, RunFolder(folder, config)], state)
+            kept_and_shown = [*kept, saving, RunFolder(folder, config)]
+            if state.model.architecture['width']!=config.width: # still narrow, perhaps with no epoch left: the callbacks take up their state all the same
+                fit(state.model, train, valid, dataclasses.replace(config, num_epochs=config.narrow_epochs, narrow_epochs=0), kept_and_shown, state)
+                state = _widened(state, config, len(loaders[0]))
+            fit(state.model, train, valid, config, kept_and_shown, state)
             return _test(config, (train, valid, test), state, seconds)
     except BaseException as e:
         if stop.between_steps and state.epoch < config.num_epochs: saving.save(state)

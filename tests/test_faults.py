@@ -203,6 +203,25 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys):
     with pytest.raises(MemoryError, match='out of memory with --batch_size 50: try --batch_size 25'): trainer.run(small(tmp_path/'run'), callbacks=[Greedy()])
 
 
+@pytest.mark.parametrize('epoch', range(3))
+@pytest.mark.parametrize('settings', [dict(), dict(ema_decay=0.9, whiten=True, optimizer='Muon', alternating_flips=True, lr_scheduler='CosineAnnealingLR')], ids=['plain', 'all'])
+def test_a_run_that_begins_narrow_goes_on(tmp_path, monkeypatch, epoch, settings):
+    "Broken off within each of its epochs: two narrow ones, and a wide one whose checkpoint is still narrow."
+    monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
+    settings = dict(model_name='resnet8', width=8, narrow_epochs=2, num_epochs=3, image_sizes=(16, 24, 32), transform=True) | settings
+    whole = trainer.run(small(tmp_path/'whole', **settings))
+    class Stop(Callback):
+        def after_step(self, state):
+            if state.epoch==epoch and len(state.progress.losses)==2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): trainer.run(small(tmp_path/'run', **settings), callbacks=[Stop()])
+    if epoch: assert load_checkpoint(tmp_path/'run'/'last.ckpt')['architecture']['width']==4
+    resumed = trainer.run(small(tmp_path/'run', **settings), resume='auto')
+    assert resumed.state_digest==whole.state_digest and resumed.test_loss==whole.test_loss
+    assert load_checkpoint(tmp_path/'run'/'last.ckpt')['architecture']['width']==8
+    assert [{k: v for k, v in row.items() if k!='seconds'} for row in load_checkpoint(tmp_path/'run'/'last.ckpt')['history']]==[
+        {k: v for k, v in row.items() if k!='seconds'} for row in load_checkpoint(tmp_path/'whole'/'last.ckpt')['history']]
+
+
 def test_damaged_last_falls_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
     whole = trainer.run(small(tmp_path/'whole', num_epochs=3))
