@@ -348,6 +348,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'resnet_cifar.trainer._sources': ('trainer.html#_sources', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._test': ('trainer.html#_test', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._train_and_test': ('trainer.html#_train_and_test', 'resnet_cifar/trainer.py'),
+                                      'resnet_cifar.trainer._wide': ('trainer.html#_wide', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._widened': ('trainer.html#_widened', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer._write_json': ('trainer.html#_write_json', 'resnet_cifar/trainer.py'),
                                       'resnet_cifar.trainer.clean_checkout': ('trainer.html#clean_checkout', 'resnet_cifar/trainer.py'),

@@ -122,7 +122,7 @@ def describe(
     train, valid, test = loaders
     num_train, num_valid, num_test = (len(l.dataset.images) if l else 0 for l in loaders)
     parts = [(model, config, finished)]
-    if finished < config.narrow_epochs: parts = [(model, dataclasses.replace(config, num_epochs=config.narrow_epochs, narrow_epochs=0), finished), (widen(model), config, config.narrow_epochs)]
+    if finished < config.narrow_epochs: parts = [(model, dataclasses.replace(config, num_epochs=config.narrow_epochs, narrow_epochs=0), finished), (_wide(model, config), config, config.narrow_epochs)]
     total, plan = summary(parts[-1][0])[-1], lr_plan(config, len(train))
     narrow = f'; half as wide for {config.narrow_epochs} epochs' if config.narrow_epochs else ''
     print(f'model        {config.model_name}, width {config.width}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image{narrow}')
@@ -300,7 +300,7 @@ def _read_json(path):
 
 def _changes(config, saved, free=_FREE):
     "(name, value now, value then) of the settings that count and differ."
-    then = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    then = dataclasses.asdict(TrainConfig()) | {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()} # a setting that came later had its default
     return [(name, value, then.get(name)) for name, value in dataclasses.asdict(config).items() if name not in free and then.get(name)!=value]
 
 def _accept(config, saved, where):
@@ -457,11 +457,14 @@ def _new_run(config, train, callbacks, saved):
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     return new_state(model, config, len(train)), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
 
+def _wide(model, config):
+    "The network with which a run that begins narrow goes on."
+    wide = widen(model, config.random_seed)
+    return wide.to(memory_format=torch.channels_last) if config.channels_last else wide
+
 def _widened(state, config, steps_per_epoch):
     "The same run with twice the channels: a new optimizer, the schedule where it was."
-    model = widen(state.model, config.random_seed)
-    if config.channels_last: model = model.to(memory_format=torch.channels_last)
-    wide = new_state(model, config, steps_per_epoch)
+    wide = new_state(_wide(state.model, config), config, steps_per_epoch)
     _advance(wide.scheduler, state.epoch*(steps_per_epoch if config.lr_scheduler in BY_BATCH else 1))
     wide.epoch, wide.history = state.epoch, state.history
     return wide
