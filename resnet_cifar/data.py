@@ -214,9 +214,7 @@ class BatchLoader:
         self.device, self.sizes = torch.device(device), sizes
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std)) # moved once: a GPU would be waited for in each batch
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.batches = None
-        if num_workers and images.device.type=='cpu':
-            self.batches = _in_background(self.dataset, self.keys, num_workers)
+        self.batches = _in_background(self.dataset, self.keys, num_workers) if num_workers and images.device.type=='cpu' else None
 
     def set_epoch(self,
         epoch:int, # 0, 1, …

@@ -447,6 +447,7 @@ def _open_folder(config, here, changed):
     settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources()))
     _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
 
+# %% ../nbs/07_trainer.ipynb #_new_run
 def _new_run(config, train, callbacks, saved):
     "(`TrainState` of a run before its first step, callbacks whose state is saved)."
     width = saved['architecture']['width'] if saved is not None else config.width//2 if config.narrow_epochs else config.width
