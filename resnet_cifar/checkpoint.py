@@ -227,7 +227,8 @@ def require_room(
     config:TrainConfig,   # names the optimizer and whether weights are averaged
 )->None:
     "Compare the room that a run's files will need with what is free; too little is an `OSError`."
-    weights, slots = sum(t.nbytes for t in state.model.state_dict().values()), 1 if config.optimizer=='SGD' else 2 # numbers that the optimizer keeps for each weight
+    weights, slots = sum(t.nbytes for t in state.model.state_dict().values()), 1 if config.optimizer in ('SGD', 'Muon') else 2 # numbers that the optimizer keeps for each weight
+    if config.narrow_epochs and state.model.architecture['width']!=config.width: weights *= 4 # it will be wide at the end
     averaged = weights*(config.ema_decay > 0)
     need = 3*(weights*(1 + slots) + averaged) + weights + averaged # last, previous and a temporary file; best
     free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
