@@ -53,7 +53,7 @@ class TrainConfig:
     ckpt_dir:str='./checkpoints'        # run folder: config, history, checkpoints, curves and result go here
     model_name:str='resnet18'           # resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110; plain18 … without shortcuts; resnet8, which learns fast; in any capitals
     width:int|None=None                 # channels of the first stage, less is quicker; left out: the model's own, 64, or 16 for 20 to 110 layers, 80 for 8
-    narrow_epochs:int=0                 # so many epochs with half the width; then every channel is doubled, and training goes on
+    narrow_epochs:float=0.0             # so many epochs, the last perhaps in part, with half the width; then every channel is doubled, and training goes on
     random_seed:int=0                   # of weights, order and augmentation
     batch_size:int=32                   # images in a training step
     num_epochs:int=20                   # passes over the training images
@@ -112,9 +112,15 @@ def _check_and_settle(config):
         _require_range('image_sizes', size, 8, 256)
 
 # %% ../nbs/04_config.ipynb #RECIPES
+_FAST = dict(optimizer='Muon', momentum=0.6, weight_decay=5e-4, lr_scheduler='OneCycleLR', pct_start=0.01, whiten=True, transform=True, alternating_flips=True,
+             valid_size=0, num_workers=0) # what the recipes have in common
 RECIPES = {
-    'quick': TrainConfig(model_name='resnet18', optimizer='SGD', lr=0.2, weight_decay=5e-4, lr_scheduler='OneCycleLR', pct_start=0.25, batch_size=128,
-                         num_epochs=5, image_sizes=(16, 16, 16, 24, 32), label_smoothing=0.1, transform=True, valid_size=0, num_workers=0, ckpt_dir='./checkpoints/quick'),
+    'quick': TrainConfig(**_FAST, model_name='resnet18', lr=0.12, batch_size=250, num_epochs=7, narrow_epochs=6.5, image_sizes=(16, 16, 20, 24, 24, 28, 32),
+                         label_smoothing=0.1, crop_padding=2, ckpt_dir='./checkpoints/quick'),
+    'speedrun': TrainConfig(**_FAST, model_name='resnet8', lr=0.15, batch_size=250, num_epochs=9, image_sizes=(16, 20, 20, 24, 24, 28, 28, 32, 32),
+                            label_smoothing=0.2, crop_padding=2, tta=True, ckpt_dir='./checkpoints/speedrun'),
+    'best': TrainConfig(**_FAST, model_name='resnet18', lr=0.24, batch_size=500, num_epochs=25, image_sizes=(16,)*5 + (24,)*8 + (32,),
+                        label_smoothing=0.1, tta=True, ckpt_dir='./checkpoints/best'),
 }
 
 # %% ../nbs/04_config.ipynb #config_from_dict
@@ -134,7 +140,7 @@ def config_from_dict(
 @dataclass(frozen=True)
 class TrainFlags(TrainConfig):
     "Train a residual network on CIFAR-10. A recipe is the base, --config overrides it, a flag overrides both."
-    recipe:str|None=None   # a named set of settings: quick
+    recipe:str|None=None   # a named set of settings: quick, speedrun or best
     config:str|None=None   # a TOML file of settings
     resume:str|None=None   # auto: go on with the run in --ckpt_dir, or start it when there is none; a checkpoint or run folder: go on from there
     overwrite:bool=False   # start anew in a folder that holds a run

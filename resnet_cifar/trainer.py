@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -93,7 +94,8 @@ def expected_seconds(
     config:TrainConfig, # resolved
     num_train:int,      # images in an epoch
     num_other:int,      # validation images of the epochs to come, and test images
-    finished:int=0,     # epochs that are done
+    begin:float=0,      # from which epoch on
+    end:float|None=None, # up to which; left out: all
 )->float:               # seconds of training and evaluation
     "Time one step of a copy (on a CPU with at most 32 images) and scale it up by the number of pixels; a forward pass is taken for a third of a step."
     device, batch = torch.device(config.device), min(config.batch_size, 32) if config.device=='cpu' else config.batch_size
@@ -107,8 +109,11 @@ def expected_seconds(
         loss, _ = train_step(twin, images, targets, optimizer, precision=config.precision)
         loss.item() # waits for a GPU
         step = time.perf_counter() - start
-    sizes = [config.image_sizes[min(epoch, len(config.image_sizes) - 1)] if config.image_sizes else size for epoch in range(finished, config.num_epochs)]
-    return step/batch*(num_train*sum((s/size)**2 for s in sizes) + num_other/3*(32/size)**2)
+    end, work = config.num_epochs if end is None else end, 0
+    for epoch in range(int(begin), math.ceil(end)):
+        epoch_size = config.image_sizes[min(epoch, len(config.image_sizes) - 1)] if config.image_sizes else size
+        work += num_train*(epoch_size/size)**2*(min(end, epoch + 1) - max(begin, epoch))
+    return step/batch*(work + num_other/3*(32/size)**2)
 
 # %% ../nbs/07_trainer.ipynb #describe
 def describe(
@@ -121,10 +126,10 @@ def describe(
     "Print the plan of a run before its first epoch."
     train, valid, test = loaders
     num_train, num_valid, num_test = (len(l.dataset.images) if l else 0 for l in loaders)
-    parts = [(model, config, finished)]
-    if finished < config.narrow_epochs: parts = [(model, dataclasses.replace(config, num_epochs=config.narrow_epochs, narrow_epochs=0), finished), (_wide(model, config), config, config.narrow_epochs)]
+    parts, valid_images = [(model, finished, config.num_epochs)], num_valid*(config.num_epochs - finished)
+    if model.architecture['width']!=config.width: parts = [(model, finished, max(finished, config.narrow_epochs)), (_wide(model, config), max(finished, config.narrow_epochs), config.num_epochs)]
     total, plan = summary(parts[-1][0])[-1], lr_plan(config, len(train))
-    narrow = f'; half as wide for {config.narrow_epochs} epochs' if config.narrow_epochs else ''
+    narrow = f'; half as wide for {config.narrow_epochs:g} epochs' if config.narrow_epochs else ''
     print(f'model        {config.model_name}, width {config.width}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image{narrow}')
     print(f'device       {machine_name(config.device)}, {config.precision}, {"channels_last" if config.channels_last else "contiguous"}, {torch.get_num_threads()} threads')
     print(f'data         {num_train:,} training, {num_valid:,} validation and {num_test:,} test images; {len(train):,} batches of {config.batch_size} an epoch')
@@ -133,7 +138,7 @@ def describe(
     if config.lr_scheduler=='CosineAnnealingLR' and (config.t_max or config.num_epochs) < config.num_epochs:
         print(f'  warning: --t_max {config.t_max} is less than --num_epochs {config.num_epochs}: the rate reaches 0 in epoch {config.t_max} and climbs again; leave --t_max out to end at 0')
     print(f'run folder   {config.ckpt_dir}' + (f', going on after {finished} finished epochs' + (f' and {steps} steps' if steps else '') if finished or steps else ''))
-    seconds = sum(expected_seconds(part, its, num_train, num_valid*(its.num_epochs - begin) + (num_test if its is config else 0), begin) for part, its, begin in parts)
+    seconds = sum(expected_seconds(part, config, num_train, (valid_images + num_test)/len(parts), begin, end) for part, begin, end in parts)
     print(f'expected     {"about %.0f min" % (seconds/60) if seconds > 90 else "about %.0f s" % seconds}' + (', and the time to compile' if config.compile else ''), flush=True)
 
 # %% ../nbs/07_trainer.ipynb #machine_name
@@ -458,18 +463,29 @@ def _new_run(config, train, callbacks, saved):
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     return new_state(model, config, len(train)), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
 
+# %% ../nbs/07_trainer.ipynb #_widened
 def _wide(model, config):
     "The network with which a run that begins narrow goes on."
     wide = widen(model, config.random_seed)
     return wide.to(memory_format=torch.channels_last) if config.channels_last else wide
 
+class _Narrow(Callback):
+    "Ends the narrow part of a run after so many steps, by an exception of its own."
+    class Over(Exception): pass
+    def __init__(self, config, steps_per_epoch): self.steps_per_epoch, self.steps = steps_per_epoch, round(config.narrow_epochs*steps_per_epoch)
+    def before_fit(self, state): # also where a run was stopped just then
+        steps = len(state.progress.losses) if state.progress else 0
+        if steps < self.steps_per_epoch and state.epoch*self.steps_per_epoch + steps >= self.steps: raise self.Over # an epoch's last step is followed by its end
+    after_step = after_epoch = before_fit
+
 def _widened(state, config, steps_per_epoch):
     "The same run with twice the channels: a new optimizer, the schedule where it was."
     wide = new_state(_wide(state.model, config), config, steps_per_epoch)
-    _advance(wide.scheduler, state.epoch*(steps_per_epoch if config.lr_scheduler in BY_BATCH else 1))
-    wide.epoch, wide.history = state.epoch, state.history
+    wide.epoch, wide.history, wide.progress = state.epoch, state.history, state.progress
+    _advance(wide.scheduler, state.epoch*steps_per_epoch + (len(state.progress.losses) if state.progress else 0) if config.lr_scheduler in BY_BATCH else state.epoch)
     return wide
 
+# %% ../nbs/07_trainer.ipynb #_position
 def _position(config, saved, steps_per_epoch):
     "Where in a new schedule the run is, if the settings that make the schedule have changed; else `None`."
     if not any(name in _PLAN for name, _, _ in _changes(config, saved['config'])): return None
@@ -493,8 +509,8 @@ def _train_and_test(config, loaders, state, kept, seconds):
         with on_signal(stop):
             kept_and_shown = [*kept, saving, RunFolder(folder, config)]
             if state.model.architecture['width']!=config.width: # still narrow, perhaps with no epoch left: the callbacks take up their state all the same
-                fit(state.model, train, valid, dataclasses.replace(config, num_epochs=config.narrow_epochs, narrow_epochs=0), kept_and_shown, state)
-                state = _widened(state, config, len(loaders[0]))
+                with contextlib.suppress(_Narrow.Over): fit(state.model, train, valid, config, [*kept_and_shown, _Narrow(config, len(train))], state)
+                state = _widened(state, config, len(train))
             fit(state.model, train, valid, config, kept_and_shown, state)
             return _test(config, (train, valid, test), state, seconds)
     except BaseException as e:

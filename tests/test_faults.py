@@ -103,10 +103,11 @@ def test_signal_saves_and_the_run_goes_on(cifar10_root, tmp_path, number, until,
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_recipe_goes_on_within_an_epoch(cifar10_root, tmp_path, recipe):
-    "A recipe in small: a thin network, few images, three epochs at three sizes."
+    "A recipe in small: a thin network, few images, three epochs at three sizes, half of them narrow if the recipe begins so."
+    narrow = 1.5 if RECIPES[recipe].narrow_epochs else 0
     def argv(folder):
         return ['train', '--recipe', recipe, *map(str, ('--root', cifar10_root, '--ckpt_dir', folder, '--width', 8, '--batch_size', 32, '--limit_train', 2560, '--limit_test', 500,
-                                                       '--num_epochs', 3, '--image_sizes', 16, 24, 32, '--precision', 'fp32', '--device', 'cpu', '--no_compile'))]
+                                                       '--num_epochs', 3, '--narrow_epochs', narrow, '--image_sizes', 16, 24, 32, '--precision', 'fp32', '--device', 'cpu', '--no_compile'))]
     said = program(*argv(tmp_path/'whole')).stdout
     assert re.search('^device .* fp32', said, re.M) and re.search(r'^expected +about \d+', said, re.M) # what a processor without bf16 gets
     process = start(argv(tmp_path/'stopped'), 'epoch   0')
@@ -203,18 +204,20 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys):
     with pytest.raises(MemoryError, match='out of memory with --batch_size 50: try --batch_size 25'): trainer.run(small(tmp_path/'run'), callbacks=[Greedy()])
 
 
-@pytest.mark.parametrize('epoch', range(3))
+@pytest.mark.parametrize('narrow, epoch, step', [(2, 0, 2), (2, 1, 2), (2, 1, 4), (2, 2, 2), (2.5, 2, 1), (2.5, 2, 2), (2.5, 2, 3)])
 @pytest.mark.parametrize('settings', [dict(), dict(ema_decay=0.9, whiten=True, optimizer='Muon', alternating_flips=True, lr_scheduler='CosineAnnealingLR')], ids=['plain', 'all'])
-def test_a_run_that_begins_narrow_goes_on(tmp_path, monkeypatch, epoch, settings):
-    "Broken off within each of its epochs: two narrow ones, and a wide one whose checkpoint is still narrow."
+def test_a_run_that_begins_narrow_goes_on(tmp_path, monkeypatch, narrow, epoch, step, settings):
+    "Stopped before, just at and after the moment at which it becomes wide, which is between two epochs or within one; each has four steps."
     monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
-    settings = dict(model_name='resnet8', width=8, narrow_epochs=2, num_epochs=3, image_sizes=(16, 24, 32), transform=True) | settings
+    settings = dict(model_name='resnet8', width=8, narrow_epochs=narrow, num_epochs=3, image_sizes=(16, 24, 32), transform=True) | settings
     whole = trainer.run(small(tmp_path/'whole', **settings))
     class Stop(Callback):
         def after_step(self, state):
-            if state.epoch==epoch and len(state.progress.losses)==2: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): trainer.run(small(tmp_path/'run', **settings), callbacks=[Stop()])
-    if epoch: assert load_checkpoint(tmp_path/'run'/'last.ckpt')['architecture']['width']==4
+            if (state.epoch, len(state.progress.losses))==(epoch, step): signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped): trainer.run(small(tmp_path/'run', **settings), callbacks=[Stop()])
+    content = load_checkpoint(tmp_path/'run'/'last.ckpt')
+    assert content['epoch']==epoch and (len(content['progress']['counts']) if content['progress'] else 0)==step
+    assert content['architecture']['width']==(8 if epoch*4 + step >= narrow*4 and step < 4 else 4)
     resumed = trainer.run(small(tmp_path/'run', **settings), resume='auto')
     assert resumed.state_digest==whole.state_digest and resumed.test_loss==whole.test_loss
     assert load_checkpoint(tmp_path/'run'/'last.ckpt')['architecture']['width']==8
