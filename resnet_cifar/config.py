@@ -105,11 +105,11 @@ def _check_and_settle(config):
     for flag, limits in _RANGES.items():
         value = getattr(config, flag)
         if value is not None: _require_range(flag, value, *limits)
-    if config.narrow_epochs >= config.num_epochs: raise ValueError(f'--narrow_epochs {config.narrow_epochs}: must be less than --num_epochs {config.num_epochs}')
-    if config.narrow_epochs and (config.width or 0)%2: raise ValueError(f'--width {config.width}: must be even for --narrow_epochs')
+    if config.narrow_epochs >= config.num_epochs: raise ValueError(f'--narrow_epochs {config.narrow_epochs}: must be less than --num_epochs {config.num_epochs}; 0 is for a run that is wide from the start')
+    if config.narrow_epochs and config.width is not None and (config.width%2 or config.width < 4): raise ValueError(f'--width {config.width}: must be even and at least 4 for --narrow_epochs {config.narrow_epochs:g}')
     for size in config.image_sizes:
         _require_type('image_sizes', size, 0)
-        _require_range('image_sizes', size, 8, 256)
+        _require_range('image_sizes', size, 9 if config.model_name=='resnet8' else 8, 256) # at 8, resnet8's last pooling would have nothing left
 
 # %% ../nbs/04_config.ipynb #RECIPES
 _FAST = dict(optimizer='Muon', momentum=0.6, weight_decay=5e-4, lr_scheduler='OneCycleLR', pct_start=0.01, whiten=True, transform=True, alternating_flips=True,
@@ -117,7 +117,7 @@ _FAST = dict(optimizer='Muon', momentum=0.6, weight_decay=5e-4, lr_scheduler='On
 RECIPES = {
     'quick': TrainConfig(**_FAST, model_name='resnet18', lr=0.12, batch_size=250, num_epochs=7, narrow_epochs=6.5, image_sizes=(16, 16, 20, 24, 24, 28, 32),
                          label_smoothing=0.1, crop_padding=2, ckpt_dir='./checkpoints/quick'),
-    'speedrun': TrainConfig(**_FAST, model_name='resnet8', lr=0.15, batch_size=250, num_epochs=9, image_sizes=(16, 20, 20, 24, 24, 28, 28, 32, 32),
+    'speedrun': TrainConfig(**_FAST, model_name='resnet8', lr=0.15, batch_size=250, num_epochs=9, image_sizes=(16, 16, 24, 24, 24, 24, 28, 32, 32),
                             label_smoothing=0.2, crop_padding=2, tta=True, ckpt_dir='./checkpoints/speedrun'),
     'best': TrainConfig(**_FAST, model_name='resnet18', lr=0.24, batch_size=500, num_epochs=25, image_sizes=(16,)*5 + (24,)*8 + (32,),
                         label_smoothing=0.1, tta=True, ckpt_dir='./checkpoints/best'),

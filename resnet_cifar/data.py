@@ -117,8 +117,8 @@ def normalize(
 class EpochPlan(NamedTuple):
     "Everything that is random about the data of one epoch; each draw belongs to an image's index."
     order: Tensor   # int64 (N,), the shuffled indices
-    rows: Tensor    # int64 (N,), 0 … 8: first row of image i's crop in the padded image
-    columns: Tensor # int64 (N,), 0 … 8
+    rows: Tensor    # int64 (N,), 0 … twice the padding: first row of image i's crop in the padded image
+    columns: Tensor # likewise
     flips: Tensor   # bool (N,)
 
 # %% ../nbs/03_data.ipynb #plan_epoch

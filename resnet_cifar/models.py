@@ -369,7 +369,7 @@ def from_architecture(
 
 # %% ../nbs/01_models.ipynb #_architectures
 def _likely_architectures(state):
-    "Arguments of `ResNet` with which it has exactly these keys and shapes: none, one, or two (option A and the plain network)."
+    "Arguments of `ResNet` with which it has exactly these keys and shapes: none, one, or two (a plain network and its twin without weights in its shortcuts)."
     conv1, fc = state.get('conv1.weight'), state.get('fc.weight')
     if conv1 is None or fc is None or (conv1.ndim, fc.ndim)!=(4, 2): return []
     patch = conv1.shape[-1]==2
@@ -429,12 +429,14 @@ def load_weights(
 def widen(
     model:ResNet,  # with shortcuts B, C or none; left as it is
     seed:int=0,    # of the tilt
-    tilt:float=0.5, # how far the two halves of a weight differ, in standard deviations of the half
+    tilt:float=0.5, # how far each half of a weight is moved, in standard deviations of the half
 )->ResNet:         # on the same device; with option A, whose zeros have no place among doubled channels, a `ValueError`
     "The same function with twice the width: each channel twice, each weight split between the copies (Chen et al. 2015)."
     if model.architecture['shortcut']=='A': raise ValueError('a network with shortcuts of option A cannot be widened')
     device, rng = model.fc.weight.device, torch.Generator().manual_seed(seed)
-    wide = from_architecture(model.architecture | dict(width=2*model.architecture['width'])).to(device).train(model.training)
+    with torch.device('meta'): wide = from_architecture(model.architecture | dict(width=2*model.architecture['width'])) # draws no random weights
+    wide = wide.to_empty(device=device).train(model.training)
+    if hasattr(model, 'pretrained_cfg'): wide.pretrained_cfg = model.pretrained_cfg
     narrow = model.state_dict()
     for key, new in wide.state_dict().items():
         old = narrow[key]

@@ -59,6 +59,7 @@ def resolve(
     precision, pin_memory = pick_precision(config.precision, device), config.pin_memory
     if pin_memory: print('--pin_memory: ' + ('there is no GPU, so it is not used' if device.type!='cuda' else 'the data are on the GPU, so it is not used'))
     if device.type!='cpu' and config.num_workers: print(f'--num_workers {config.num_workers}: the data are on the GPU, so background processes are not used')
+    if config.narrow_epochs and _REGISTRY[config.model_name].get('shortcut')=='A': raise ValueError(f'--narrow_epochs {config.narrow_epochs:g}: {config.model_name} has shortcuts of option A, with which a network cannot be widened; 0 is for a run that is wide from the start')
     return dataclasses.replace(config, device=device.type, precision=precision, width=config.width or _REGISTRY[config.model_name]['width'])
 
 # %% ../nbs/07_trainer.ipynb #load_or_fetch
@@ -93,11 +94,11 @@ def expected_seconds(
     model:nn.Module,    # left as it is
     config:TrainConfig, # resolved
     num_train:int,      # images in an epoch
-    num_other:int,      # validation images of the epochs to come, and test images
+    num_other:float,    # validation images of the epochs to come, and test images
     begin:float=0,      # from which epoch on
     end:float|None=None, # up to which; left out: all
 )->float:               # seconds of training and evaluation
-    "Time one step of a copy (on a CPU with at most 32 images) and scale it up by the number of pixels; a forward pass is taken for a third of a step."
+    "Time one step of a copy (on a CPU with at most 32 images) and scale it up by the number of pixels; a forward pass is taken for a third of a step, and the optimizer's own work left out."
     device, batch = torch.device(config.device), min(config.batch_size, 32) if config.device=='cpu' else config.batch_size
     twin = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.)
@@ -129,7 +130,7 @@ def describe(
     parts, valid_images = [(model, finished, config.num_epochs)], num_valid*(config.num_epochs - finished)
     if model.architecture['width']!=config.width: parts = [(model, finished, max(finished, config.narrow_epochs)), (_wide(model, config), max(finished, config.narrow_epochs), config.num_epochs)]
     total, plan = summary(parts[-1][0])[-1], lr_plan(config, len(train))
-    narrow = f'; half as wide for {config.narrow_epochs:g} epochs' if config.narrow_epochs else ''
+    narrow = f'; half as wide for {config.narrow_epochs:g} epochs' if len(parts) > 1 else ''
     print(f'model        {config.model_name}, width {config.width}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image{narrow}')
     print(f'device       {machine_name(config.device)}, {config.precision}, {"channels_last" if config.channels_last else "contiguous"}, {torch.get_num_threads()} threads')
     print(f'data         {num_train:,} training, {num_valid:,} validation and {num_test:,} test images; {len(train):,} batches of {config.batch_size} an epoch')
@@ -208,6 +209,7 @@ class TensorBoard(Callback):
     def before_fit(self, state:TrainState)->None:
         "Begin anew, with the epochs of a run that goes on."
         from torch.utils.tensorboard import SummaryWriter
+        if self.writer is not None: self.writer.close() # of the narrow part
         shutil.rmtree(self.folder, ignore_errors=True)
         self.writer = SummaryWriter(self.folder)
         for row in state.history: self.write(row)
@@ -455,10 +457,10 @@ def _open_folder(config, here, changed):
 # %% ../nbs/07_trainer.ipynb #_new_run
 def _new_run(config, train, callbacks, saved):
     "(`TrainState` of a run before its first step, callbacks whose state is saved)."
-    width = saved['architecture']['width'] if saved is not None else config.width//2 if config.narrow_epochs else config.width
+    narrow = config.narrow_epochs and (saved is None or (saved.get('architecture') or {}).get('width')!=config.width)
     with torch.random.fork_rng(devices=[]): # the weights depend on the seed, and nobody else's draws do
         torch.manual_seed(config.random_seed)
-        model = create_model(config.model_name, num_classes=len(CLASSES), width=width).to(config.device)
+        model = create_model(config.model_name, num_classes=len(CLASSES), width=config.width//2 if narrow else config.width).to(config.device)
     if config.whiten: whiten_stem(model, normalize(train.dataset.images[:1000])) # a thousand pictures are nearly a million patches
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     return new_state(model, config, len(train)), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
@@ -472,7 +474,7 @@ def _wide(model, config):
 class _Narrow(Callback):
     "Ends the narrow part of a run after so many steps, by an exception of its own."
     class Over(Exception): pass
-    def __init__(self, config, steps_per_epoch): self.steps_per_epoch, self.steps = steps_per_epoch, round(config.narrow_epochs*steps_per_epoch)
+    def __init__(self, config, steps_per_epoch): self.steps_per_epoch, self.steps = steps_per_epoch, min(round(config.narrow_epochs*steps_per_epoch), config.num_epochs*steps_per_epoch - 1) # the last step is wide
     def before_fit(self, state): # also where a run was stopped just then
         steps = len(state.progress.losses) if state.progress else 0
         if steps < self.steps_per_epoch and state.epoch*self.steps_per_epoch + steps >= self.steps: raise self.Over # an epoch's last step is followed by its end

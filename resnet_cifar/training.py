@@ -354,7 +354,7 @@ def new_state(
 # %% ../nbs/05_training.ipynb #Callback
 class Callback:
     "Something that happens during training. Override what you need; `state` is the run's `TrainState`."
-    def before_fit(self, state:'TrainState')->None: "Before the first epoch of this process, resumed or not."
+    def before_fit(self, state:'TrainState')->None: "Before the first epoch of this process, resumed or not; and again when a run becomes wide, with another `state`."
     def after_step(self, state:'TrainState')->None: "After each step of the optimizer."
     def after_epoch(self, state:'TrainState')->None: "After each epoch; its row is the last of `state.history`."
     def state_dict(self)->dict:

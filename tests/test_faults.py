@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,6 +224,17 @@ def test_a_run_that_begins_narrow_goes_on(tmp_path, monkeypatch, narrow, epoch, 
     assert load_checkpoint(tmp_path/'run'/'last.ckpt')['architecture']['width']==8
     assert [{k: v for k, v in row.items() if k!='seconds'} for row in load_checkpoint(tmp_path/'run'/'last.ckpt')['history']]==[
         {k: v for k, v in row.items() if k!='seconds'} for row in load_checkpoint(tmp_path/'whole'/'last.ckpt')['history']]
+
+
+def test_room_for_the_wide_network(tmp_path, monkeypatch):
+    "Room for two wide checkpoints is refused, although it is more than a narrow network would ever need."
+    monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
+    settings = dict(model_name='resnet8', width=32, narrow_epochs=1, optimizer='Muon')
+    trainer.run(small(tmp_path/'whole', **settings))
+    size = (tmp_path/'whole'/'last.ckpt').stat().st_size
+    monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=2*size))
+    with pytest.raises(OSError, match='the run needs up to'): trainer.run(small(tmp_path/'run', **settings))
+    assert not (tmp_path/'run').exists()
 
 
 def test_damaged_last_falls_back(tmp_path, monkeypatch, capsys):
