@@ -205,10 +205,10 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys):
     with pytest.raises(MemoryError, match='out of memory with --batch_size 50: try --batch_size 25'): trainer.run(small(tmp_path/'run'), callbacks=[Greedy()])
 
 
-@pytest.mark.parametrize('narrow, epoch, step', [(2, 0, 2), (2, 1, 2), (2, 1, 4), (2, 2, 2), (2.5, 2, 1), (2.5, 2, 2), (2.5, 2, 3)])
+@pytest.mark.parametrize('narrow, epoch, step', [(2, 0, 2), (2, 1, 2), (2, 1, 4), (2, 2, 2), (2.5, 2, 1), (2.5, 2, 2), (2.5, 2, 3), (2.999, 2, 3), (0.01, 0, 2)])
 @pytest.mark.parametrize('settings', [dict(), dict(ema_decay=0.9, whiten=True, optimizer='Muon', alternating_flips=True, lr_scheduler='CosineAnnealingLR')], ids=['plain', 'all'])
 def test_a_run_that_begins_narrow_goes_on(tmp_path, monkeypatch, narrow, epoch, step, settings):
-    "Stopped before, just at and after the moment at which it becomes wide, which is between two epochs or within one; each has four steps."
+    "Stopped before, just at and after the moment at which it becomes wide, which is between two epochs or within one; each has four steps, and the last of all is always wide."
     monkeypatch.setattr(trainer, 'load_cifar10', lambda root, skip: sample_cifar10())
     settings = dict(model_name='resnet8', width=8, narrow_epochs=narrow, num_epochs=3, image_sizes=(16, 24, 32), transform=True) | settings
     whole = trainer.run(small(tmp_path/'whole', **settings))
@@ -218,7 +218,7 @@ def test_a_run_that_begins_narrow_goes_on(tmp_path, monkeypatch, narrow, epoch, 
     with pytest.raises(Stopped): trainer.run(small(tmp_path/'run', **settings), callbacks=[Stop()])
     content = load_checkpoint(tmp_path/'run'/'last.ckpt')
     assert content['epoch']==epoch and (len(content['progress']['counts']) if content['progress'] else 0)==step
-    assert content['architecture']['width']==(8 if epoch*4 + step >= narrow*4 and step < 4 else 4)
+    assert content['architecture']['width']==(8 if epoch*4 + step >= min(round(narrow*4), 11) and step < 4 else 4)
     resumed = trainer.run(small(tmp_path/'run', **settings), resume='auto')
     assert resumed.state_digest==whole.state_digest and resumed.test_loss==whole.test_loss
     assert load_checkpoint(tmp_path/'run'/'last.ckpt')['architecture']['width']==8
