@@ -152,13 +152,15 @@ def augment(
 # %% ../nbs/03_data.ipynb #_BatchDataset
 class _BatchDataset(Dataset):
     "Batch number b of epoch e, as a pure function of (e, b)."
-    def __init__(self, images, labels, batch_size, shuffle, augment, padding, alternating, seed):
-        self.images, self.labels, self.batch_size, self.shuffle, self.augment, self.padding, self.alternating, self.seed = images, labels, batch_size, shuffle, augment, padding, alternating, seed
+    def __init__(self, images, labels, batch_size, share, shuffle, augment, padding, alternating, seed):
+        self.images, self.labels, self.batch_size, self.share, self.shuffle, self.augment, self.padding, self.alternating, self.seed = images, labels, batch_size, share, shuffle, augment, padding, alternating, seed
         self.epoch, self.plan = None, None
 
     def __getitem__(self, key):
         epoch, number = key
-        places = slice(number*self.batch_size, (number + 1)*self.batch_size)
+        first, (rank, ranks) = number*self.batch_size, self.share
+        size = min(self.batch_size, len(self.images) - first)
+        places = slice(first + size*rank//ranks, first + size*(rank + 1)//ranks)
         if not self.shuffle: return self.images[places], self.labels[places]
         if epoch!=self.epoch: # drawn once an epoch in each process
             self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan_epoch(len(self.images), self.seed, epoch, self.padding, self.alternating)))
@@ -201,6 +203,7 @@ class BatchLoader:
         padding:int=4,            # pixels by which a crop may be off, see `plan_epoch`
         alternating_flips:bool=False, # flip by turns instead of by chance, see `plan_epoch`
         seed:int=0,               # of order and augmentation
+        share:tuple=(0, 1),       # which part of each batch is ours, of how many: (rank, ranks) of processes that train together
         num_workers:int=0,        # background processes that prepare batches; 0: the main one does it
         device:str|torch.device='cpu', # where the batches go
         channels_last:bool=True,  # memory format of the batches
@@ -209,11 +212,10 @@ class BatchLoader:
         std:tuple=CIFAR10_STD,    # of each channel, for `normalize`
     ):
         if train and len(images) < batch_size: raise ValueError(f'--batch_size {batch_size}: there are only {len(images)} training images')
-        self.dataset = _BatchDataset(images, labels, batch_size, train, augment, padding, alternating_flips, seed)
+        self.dataset = _BatchDataset(images, labels, batch_size, share, train, augment, padding, alternating_flips, seed)
         self.keys = _Keys(len(images)//batch_size if train else -(-len(images)//batch_size))
-        self.device, self.sizes = torch.device(device), sizes
+        self.device, self.sizes, self.memory_format = torch.device(device), sizes, torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std)) # moved once: a GPU would be waited for in each batch
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.batches = _in_background(self.dataset, self.keys, num_workers) if num_workers and images.device.type=='cpu' else None
 
     def set_epoch(self,

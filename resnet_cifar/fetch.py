@@ -484,6 +484,10 @@ def _nobody_reads():
         return True
     return False
 
+def _speak_once():
+    "torchrun starts one command several times: on each machine the first process speaks, the others say nothing."
+    if 'TORCHELASTIC_RUN_ID' in os.environ and os.environ['LOCAL_RANK']!='0': sys.stdout = sys.stderr = open(os.devnull, 'w')
+
 def one_line_errors(
     main:Callable, # function of a list of words, the command line; returns nothing or an exit code
 )->Callable: # the same with errors told in one line; without arguments it takes the words from `sys.argv`
@@ -492,6 +496,7 @@ def one_line_errors(
     def command(argv=None)->int:
         argv = list(sys.argv[1:] if argv is None else argv)
         debug = '--debug' in argv
+        _speak_once()
         try:
             with on_signal(_stop, (signal.SIGTERM,)): return main([word for word in argv if word!='--debug']) or 0
         except KeyboardInterrupt as e: error, code = str(e) or 'stopped', getattr(e, 'code', 130)

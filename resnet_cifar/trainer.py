@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import resnet_cifar
@@ -75,13 +77,14 @@ def load_or_fetch(
 def make_loaders(
     config:TrainConfig, # resolved
     dataset:CIFAR10,    # a `data.CIFAR10`
+    share:tuple=(0, 1), # (rank, ranks): which part of each batch is ours, of how many
 )->tuple:               # training, validation (or `None`) and test `BatchLoader`
     "Split, limit, and feed: 500 images at a time for evaluation, whatever the training batch is."
     device = torch.device(config.device)
     to_device = lambda t: t.to(device) if device.type!='cpu' else t
     train, valid = split_train_valid(dataset.train_labels, config.valid_size)
     train = train[:config.limit_train]
-    common = dict(device=device, channels_last=config.channels_last)
+    common = dict(device=device, channels_last=config.channels_last, share=share)
     images, labels = to_device(dataset.train_images), to_device(dataset.train_labels)
     loaders = [BatchLoader(images[train], labels[train], config.batch_size, train=True, augment=config.transform, padding=config.crop_padding, alternating_flips=config.alternating_flips, seed=config.random_seed,
                            num_workers=config.num_workers, sizes=config.image_sizes, **common),
@@ -123,6 +126,7 @@ def describe(
     loaders:tuple,      # from `make_loaders`
     finished:int=0,     # epochs that are done, of a run that goes on
     steps:int=0,        # steps that are done of the next one
+    ranks:int=1,        # processes that train together
 )->None:
     "Print the plan of a run before its first epoch."
     train, valid, test = loaders
@@ -132,17 +136,19 @@ def describe(
     total, plan = summary(parts[-1][0])[-1], lr_plan(config, len(train))
     narrow = f'; half as wide for {config.narrow_epochs:g} epochs' if len(parts) > 1 else ''
     print(f'model        {config.model_name}, width {config.width}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image{narrow}')
-    print(f'device       {machine_name(config.device)}, {config.precision}, {"channels_last" if config.channels_last else "contiguous"}, {torch.get_num_threads()} threads')
+    print(f'device       {machine_name(config.device)}, {config.precision}, {"channels_last" if config.channels_last else "contiguous"}, {_threads(ranks)}')
     print(f'data         {num_train:,} training, {num_valid:,} validation and {num_test:,} test images; {len(train):,} batches of {config.batch_size} an epoch')
     epochs = sorted({0, plan.index(max(plan)), plan.index(min(plan)), len(plan) - 1})
     print(f'rate         {config.optimizer}, {config.lr_scheduler}: ' + ', '.join(f'{0.0 if plan[e] < 1e-12 else plan[e]:.3g} in epoch {e}' for e in epochs))
     if config.lr_scheduler=='CosineAnnealingLR' and (config.t_max or config.num_epochs) < config.num_epochs:
         print(f'  warning: --t_max {config.t_max} is less than --num_epochs {config.num_epochs}: the rate reaches 0 in epoch {config.t_max} and climbs again; leave --t_max out to end at 0')
     print(f'run folder   {config.ckpt_dir}' + (f', going on after {finished} finished epochs' + (f' and {steps} steps' if steps else '') if finished or steps else ''))
-    seconds = sum(expected_seconds(part, config, num_train, (valid_images + num_test)/len(parts), begin, end) for part, begin, end in parts)
+    seconds = sum(expected_seconds(part, config, num_train, (valid_images + num_test)/len(parts), begin, end) for part, begin, end in parts)/ranks
     print(f'expected     {"about %.0f min" % (seconds/60) if seconds > 90 else "about %.0f s" % seconds}' + (', and the time to compile' if config.compile else ''), flush=True)
 
 # %% ../nbs/07_trainer.ipynb #machine_name
+def _threads(ranks): return f'{torch.get_num_threads()} threads' + (f' in each of {ranks} processes' if ranks > 1 else '')
+
 def machine_name(
     device:str, # 'cpu', 'cuda' or 'mps'
 )->str:         # the processor's or the GPU's name: no host name, no path
@@ -225,22 +231,119 @@ class TensorBoard(Callback):
         "Add the last row."
         self.write(state.history[-1])
 
+# %% ../nbs/07_trainer.ipynb #_Ranks
+_runs = itertools.count() # one program may train several times
+
+def _place():
+    "(rank, number of processes), as torchrun has numbered them; without it (0, 1)."
+    return (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if dist.is_torchelastic_launched() else (0, 1)
+
+class _Ranks:
+    "The processes that train together, as torchrun started them; without it this one, alone."
+    def __init__(self, folder):
+        self.launched, self.folder, self.agreed, self.waits = dist.is_torchelastic_launched(), folder, False, itertools.count()
+        self.rank, self.number = _place()
+        if self.launched: # torchrun has a table that outlives the processes
+            self.table = dist.PrefixStore(f'resnet_cifar/{next(_runs)}', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False))
+            self.now = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], self.table)
+
+    def highest(self, number):
+        "The highest of the processes' numbers."
+        if self.number==1: return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.item()
+
+    def wait(self):
+        "Until all processes are here, for as long as it takes; in Python, so that a signal is heeded meanwhile."
+        key, step = f'wait {next(self.waits)}', 1
+        while self.number > 1 and self.now.add(key, step) < self.number:
+            step = 0
+            time.sleep(0.02)
+
+    def from_first(self, value):
+        "The first process's value, in all of them."
+        self.wait()
+        values = [value]
+        if self.number > 1: dist.broadcast_object_list(values, 0, device=torch.device('cpu'))
+        return values[0]
+
+    def begun(self, mark=False):
+        "Whether this run had opened its folder before torchrun started the processes again; `mark` that it has."
+        if mark and self.launched: self.table.set('begun', '')
+        return self.launched and self.table.check(['begun'])
+
+# %% ../nbs/07_trainer.ipynb #_ending
+def _ending(ranks, e):
+    "What a process raises whose run ends by `e`: one of them tells what happened, the others end in silence."
+    if ranks.number==1 or ranks.agreed: return e # alone, or all have stopped together
+    def told(): return ranks.now.check(['told'])
+    def gone(): return [rank for rank in range(ranks.number) if not ranks.now.check([f'here {rank}'])]
+    def wait(seconds, condition):
+        end = time.monotonic() + seconds
+        while not condition() and time.monotonic() < end: time.sleep(0.02)
+    cut_off = isinstance(e, (KeyboardInterrupt, dist.DistError)) or 'gloo' in str(e).lower() # else it is of our own making
+    with on_signal(lambda number, frame: None): # when one has ended, torchrun ends all
+        ranks.now.set(f'here {ranks.rank}', '')
+        if cut_off: wait(5, lambda: told() or not gone()) # those that live come here too, after a step at most
+        elif ranks.rank: wait(1, told) # what all find wrong is told by the first
+        missing = gone() if cut_off else []
+        silent = ranks.rank > 0 if isinstance(e, KeyboardInterrupt) and not missing else told() or ranks.now.add('told', 1) > 1
+    if silent: return SystemExit(getattr(e, 'code', 1))
+    if ranks.rank: sys.stderr = sys.__stderr__ # it was to say nothing so far
+    if missing: return ConnectionError(f'rank {", ".join(map(str, missing))} of {ranks.number} (counted from 0) does not answer any more; --resume auto goes on from the last checkpoint in {ranks.folder}')
+    if ranks.rank: e.args = (f'rank {ranks.rank}: {e}',)
+    return e
+
+# %% ../nbs/07_trainer.ipynb #_joined
+def _require_device(config, ranks):
+    "Have a device for each process of this machine; settings that do not suit several processes are a `ValueError`."
+    device = pick_device(config.device).type
+    if config.batch_size%ranks.number: raise ValueError(f'--batch_size {config.batch_size}: must be a multiple of {ranks.number}, the number of processes')
+    if ranks.number > 1 and device=='mps': raise ValueError(f'--device {config.device}: several processes cannot share this GPU; --device cpu')
+    if ranks.number > 1 and device=='cuda':
+        local, there = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        if local >= there: raise ValueError(f'--nproc_per_node: there are more processes than the {there} GPUs of this machine; as many, or --device cpu')
+        torch.cuda.set_device(local)
+    return 'cpu:gloo,cuda:nccl' if device=='cuda' else 'gloo'
+
+@contextlib.contextmanager
+def _joined(config):
+    "While the processes of a run work together: (`_Ranks`, the settings resolved). Only the first one prints."
+    ranks = _Ranks(config.ckpt_dir)
+    with contextlib.redirect_stdout(open(os.devnull, 'w')) if ranks.rank else contextlib.nullcontext():
+        try:
+            backend, config = _require_device(config, ranks), resolve(config)
+            if ranks.number > 1:
+                ranks.wait()
+                dist.init_process_group(backend)
+                for name, now, then in _changes(config, ranks.from_first(dataclasses.asdict(config)), _PLACES): raise ValueError(f'--{name} {now}: rank 0 has {then}')
+            yield ranks, config
+        except (Exception, KeyboardInterrupt) as e:
+            if ranks.agreed and ranks.number > 1: dist.destroy_process_group() # else there is nobody to say good-bye to
+            ended = _ending(ranks, e)
+            if ended is e: raise
+            raise ended from e
+        if ranks.number > 1: dist.destroy_process_group()
+
 # %% ../nbs/07_trainer.ipynb #_Watched
 class _Stop:
     "Remembers the first signal, to be looked at between two steps; the second one ends the program at once."
-    def __init__(self): self.number, self.between_steps = None, False
+    def __init__(self, ranks): self.ranks, self.number, self.received, self.between_steps = ranks, None, False, False
 
     def __call__(self, number, frame):
         "The signal's handler."
-        if self.number is not None: raise Stopped(number, 'stopped at once, by a second signal')
-        self.number = number
+        if self.received: raise Stopped(number, 'stopped at once, by a second signal')
+        self.number, self.received = number, True
+        if self.ranks.number > 1: return # torchrun tells it
         with contextlib.suppress(OSError): os.write(2, b'stopping at the next step (a second signal stops at once)\n') # print may not be used here
 
     def check(self):
-        "Called where nothing is half done."
-        if self.number is None: return
-        self.between_steps = True
-        raise Stopped(self.number)
+        "Called where nothing is half done, by all processes alike: a signal that one of them got stops all."
+        number = self.ranks.highest(self.number or 0)
+        if not number: return
+        self.number, self.between_steps, self.ranks.agreed = number, True, True
+        raise Stopped(number)
 
 class _Watched:
     "Batches behind a progress bar, where somebody is watching; before each of them and at the end a signal is heeded."
@@ -272,24 +375,24 @@ class RunResult:
     versions: dict               # package -> version
 
 # %% ../nbs/07_trainer.ipynb #test_run
-def _test(config, loaders, state, seconds):
+def _test(config, loaders, state, seconds, ranks):
     "Use the test images, once: the best validation epoch, or the last one where there was no validation."
     folder, best = Path(config.ckpt_dir), state.best_epoch
     file = folder/('last.ckpt' if best is None else 'best.ckpt')
-    content = load_checkpoint(file)
+    content = ranks.from_first(None if ranks.rank else load_checkpoint(file))
     if best is not None and content['epoch']!=best + 1: raise RuntimeError(f'{folder/"best.ckpt"} is not of epoch {best}, the best: its file was lost on the way')
     model = _model_of(content, content, file).to(config.device)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
-    metrics = evaluate(model, loaders[2], precision=config.precision)
+    metrics = evaluate(model, loaders[2], precision=config.precision, ranks=ranks.number)
     correct, counts = metrics.confusion.diagonal().tolist(), metrics.confusion.sum(1).tolist()
     epoch_seconds = sum(row['seconds'] for row in state.history)
     return RunResult(
         test_accuracy=metrics.accuracy, test_loss=metrics.loss,
-        test_accuracy_tta=evaluate(model, loaders[2], precision=config.precision, tta=True).accuracy if config.tta else None,
+        test_accuracy_tta=evaluate(model, loaders[2], precision=config.precision, tta=True, ranks=ranks.number).accuracy if config.tta else None,
         tested='last' if best is None else 'best', tested_epoch=state.epoch - 1 if best is None else best,
         per_class_accuracy={name: c/n if n else None for name, c, n in zip(CLASSES, correct, counts)}, seconds=seconds(),
         images_per_second=len(loaders[0])*config.batch_size*len(state.history)/epoch_seconds, state_digest=state_digest(model),
-        machine=f'{machine_name(config.device)}, {torch.get_num_threads()} threads',
+        machine=f'{machine_name(config.device)}, {_threads(ranks.number)}',
         versions=package_versions())
 
 # %% ../nbs/07_trainer.ipynb #_changes
@@ -398,31 +501,57 @@ def run(
     callbacks:Sequence=(),   # `Callback`s of your own; their state is saved with the run
 )->RunResult|None:           # `None` where fewer epochs are asked for than are there
     "Train, choose the best epoch on the validation images, test it once, and leave a run folder. CIFAR-10 is fetched when missing."
-    begin, config = time.monotonic(), resolve(config)
-    with _own_folder(config):
-        finished, saved = _find_run(config, resume, overwrite)
-        if finished is not None:
-            print(f'the run in {config.ckpt_dir} is finished; --overwrite starts it anew')
-            return finished
-        changed = [] if saved is None else _accept(config, saved, config.ckpt_dir if resume=='auto' else resume)
+    begin = time.monotonic()
+    with _joined(config) as (ranks, config), contextlib.nullcontext() if ranks.rank else _own_folder(config):
+        if ranks.begun(): resume, overwrite = 'auto', False # torchrun has started it again
+        finished, saved, changed = ranks.from_first(None if ranks.rank else _found(config, resume, overwrite))
+        if finished is not None: return finished
         if saved is not None and (config.num_epochs < saved['epoch'] or config.num_epochs==saved['epoch'] and saved['progress'] is not None):
             return print(f'the run in {config.ckpt_dir} has {saved["epoch"]} finished epochs, --num_epochs {config.num_epochs} asks for no more')
-        dataset = load_or_fetch(config.root, config.skip_checksum)
+        dataset = _data(config, ranks)
         with _kernels(config.deterministic), _memory_advice(config):
-            folder, loaders = Path(config.ckpt_dir), make_loaders(config, dataset)
+            loaders = make_loaders(config, dataset, (ranks.rank, ranks.number))
             state, kept = _new_run(config, loaders[0], callbacks, saved)
             if saved is not None: restore(state, saved, kept, _position(config, saved, len(loaders[0])))
-            source = _source(config, resume)
-            here = saved is not None and source.resolve()==folder.resolve() # the run goes on in its own folder
-            best = None if saved is None else _best_of(source, here, saved, changed)
             earlier = sum(row['seconds'] for row in state.history) + (state.progress.seconds if state.progress else 0)
-            require_room(folder, state, config)
-            describe(state.model, config, loaders, state.epoch, len(state.progress.losses) if state.progress else 0)
-            _open_folder(config, here, changed + ([] if saved is None or here else [f'begun elsewhere: {resume}'])) # from here on an old run is gone
-            if best is not None: save_checkpoint(folder/'best.ckpt', best)
-            result = _train_and_test(config, loaders, state, kept, lambda: time.monotonic() - begin + earlier)
-        _write_json(folder/'result.json', dataclasses.asdict(result))
+            best = None if ranks.rank else _require_all(config, resume, saved, changed, state)
+            ranks.wait()
+            describe(state.model, config, loaders, state.epoch, len(state.progress.losses) if state.progress else 0, ranks.number) # all of them, for they share the machine that it times
+            if not ranks.rank: _begin(config, resume, saved, changed, best, ranks)
+            ranks.wait()
+            result = _train_and_test(config, loaders, state, kept, lambda: time.monotonic() - begin + earlier, ranks)
+        if not ranks.rank: _write_json(Path(config.ckpt_dir)/'result.json', dataclasses.asdict(result))
     return result
+
+# %% ../nbs/07_trainer.ipynb #_begin
+def _found(config, resume, overwrite):
+    "What is there to go on with: (`RunResult` of a finished run or `None`, checkpoint or `None`, lines on settings that have changed since)."
+    finished, saved = _find_run(config, resume, overwrite)
+    if finished is not None: print(f'the run in {config.ckpt_dir} is finished; --overwrite starts it anew')
+    return finished, saved, [] if saved is None else _accept(config, saved, config.ckpt_dir if resume=='auto' else resume)
+
+def _data(config, ranks):
+    "CIFAR-10; the first process fetches it where it is missing, the others wait."
+    if ranks.rank: ranks.wait()
+    dataset = (load_cifar10 if ranks.rank else load_or_fetch)(config.root, config.skip_checksum)
+    if not ranks.rank: ranks.wait()
+    return dataset
+
+def _goes_on_here(config, resume, saved):
+    "Whether a run goes on in its own folder."
+    return saved is not None and _source(config, resume).resolve()==Path(config.ckpt_dir).resolve()
+
+def _require_all(config, resume, saved, changed, state):
+    "What a run needs apart from its last checkpoint: room, and the best epoch's file, which is given where it must be brought along."
+    require_room(Path(config.ckpt_dir), state, config)
+    return None if saved is None else _best_of(_source(config, resume), _goes_on_here(config, resume, saved), saved, changed)
+
+def _begin(config, resume, saved, changed, best, ranks):
+    "Make the folder this run's."
+    here = _goes_on_here(config, resume, saved)
+    _open_folder(config, here, changed + ([] if saved is None or here else [f'begun elsewhere: {resume}']), ranks.number) # from here on an old run is gone
+    if best is not None: save_checkpoint(Path(config.ckpt_dir)/'best.ckpt', best)
+    ranks.begun(mark=True)
 
 # %% ../nbs/07_trainer.ipynb #_own_folder
 @contextlib.contextmanager
@@ -444,14 +573,15 @@ def _own_folder(config):
             with contextlib.suppress(OSError): path.rmdir()
             if path.exists() or path==made: break
 
-def _open_folder(config, here, changed):
+def _open_folder(config, here, changed, ranks):
     "Make room in the folder now that the run can begin: an old run's files go, and what killed processes left; the settings are written."
     folder = Path(config.ckpt_dir)
     before = _read_json(folder/'config.json') if here and (folder/'config.json').exists() else {}
     for name in ('result.json',) if here else _RUN_FILES: (folder/name).unlink(missing_ok=True)
     if not here: shutil.rmtree(folder/'tensorboard', ignore_errors=True)
     for path in (*folder.glob('.*.tmp*'), *([] if here else folder.glob('last.ckpt.damaged'))): path.unlink()
-    settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources()))
+    if before and before.get('processes', 1)!=ranks: changed = changed + [f'{ranks} processes: were {before.get("processes", 1)}']
+    settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources())) | (dict(processes=ranks) if ranks > 1 else {})
     _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
 
 # %% ../nbs/07_trainer.ipynb #_new_run
@@ -502,21 +632,22 @@ def _memory_advice(config):
         if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e): raise
         raise MemoryError(f'out of memory with --batch_size {config.batch_size}: try ' + (f'--batch_size {config.batch_size//2}' if config.batch_size > 1 else 'a smaller network')) from None
 
-def _train_and_test(config, loaders, state, kept, seconds):
+def _train_and_test(config, loaders, state, kept, seconds, ranks):
     "Fit with the run's own callbacks, then test. A signal saves and stops."
-    folder, stop = Path(config.ckpt_dir), _Stop()
+    folder, stop = Path(config.ckpt_dir), _Stop(ranks)
     train, valid, test = (None if loader is None else _Watched(loader, stop, bar) for loader, bar in zip(loaders, (True, False, False)))
     saving = Checkpointer(folder, config, kept)
     try:
         with on_signal(stop):
-            kept_and_shown = [*kept, saving, RunFolder(folder, config)]
+            callbacks = [*kept, *([] if ranks.rank else [saving, RunFolder(folder, config)])]
             if state.model.architecture['width']!=config.width: # still narrow, perhaps with no epoch left: the callbacks take up their state all the same
-                with contextlib.suppress(_Narrow.Over): fit(state.model, train, valid, config, [*kept_and_shown, _Narrow(config, len(train))], state)
+                with contextlib.suppress(_Narrow.Over): fit(state.model, train, valid, config, [*callbacks, _Narrow(config, len(train))], state, ranks.number)
                 state = _widened(state, config, len(train))
-            fit(state.model, train, valid, config, kept_and_shown, state)
-            return _test(config, (train, valid, test), state, seconds)
+            fit(state.model, train, valid, config, callbacks, state, ranks.number)
+            return _test(config, (train, valid, test), state, seconds, ranks)
     except BaseException as e:
-        if stop.between_steps and state.epoch < config.num_epochs: saving.save(state)
+        if stop.between_steps and state.epoch < config.num_epochs and not ranks.rank: saving.save(state)
+        if stop.between_steps: ranks.highest(0) # nobody leaves before that: torchrun would end the one who saves
         if stop.number is None and not isinstance(e, KeyboardInterrupt) or isinstance(e, Stopped) and not stop.between_steps: raise # not stopped, or by a second signal
         # what goes wrong after a first signal (in a compiler, in a background process) is its doing
         steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None and state.progress.losses else ''
@@ -525,9 +656,10 @@ def _train_and_test(config, loaders, state, kept, seconds):
 # %% ../nbs/07_trainer.ipynb #command_of
 def command_of(
     config:TrainConfig, # of a run
+    ranks:int=1,        # processes that made it
 )->str:                 # a line for a terminal
     "The command that makes a run again: every setting that differs from the defaults, without paths."
-    words, defaults = ['resnet-cifar train'], dataclasses.asdict(TrainConfig())
+    words, defaults = ['resnet-cifar train' if ranks==1 else f'torchrun --nproc_per_node {ranks} -m resnet_cifar.trainer'], dataclasses.asdict(TrainConfig())
     for name, value in dataclasses.asdict(config).items():
         if value==defaults[name] or name in ('root', 'ckpt_dir'): continue
         if isinstance(value, bool): words.append(f'--{name}' if value else f'--no_{name}')
@@ -552,7 +684,8 @@ def clean_checkout(
     if changed: raise ValueError(f'--record: the tree is not clean ({changed.splitlines()[0].strip()}): commit first')
     before = _read_json(begun) if begun.exists() and not overwrite else None
     if before is not None and before.get('sources')!=_sources(): raise ValueError(f'--record: the run in {config.ckpt_dir} was begun by other code: give --overwrite')
-    changed = before and [name for name, _, _ in _changes(config, before, (*_FREE, 'device', 'precision', 'width'))] # these three are settled by the machine
+    changed = before and ([name for name, _, _ in _changes(config, before, (*_FREE, 'device', 'precision', 'width'))] # these three are settled by the machine
+                          or before.get('processes', 1)!=_place()[1])
     if before and (changed or before.get('changed')): raise ValueError(f'--record: settings of the run in {config.ckpt_dir} were changed on the way, so no command gives it again: give --overwrite')
     return dict(commit=_git('rev-parse', 'HEAD'), sources=_sources(), runs=top/'nbs'/'runs')
 
@@ -567,7 +700,7 @@ def write_record(
     settings = {k: v for k, v in _read_json(folder/'config.json').items() if k not in ('root', 'ckpt_dir', 'sources')}
     path = checkout['runs']/f'{folder.name}.json'
     path.parent.mkdir(exist_ok=True)
-    _write_json(path, dict(command=command_of(config), config=settings, history=load_checkpoint(folder/'last.ckpt')['history'],
+    _write_json(path, dict(command=command_of(config, settings.get('processes', 1)), config=settings, history=load_checkpoint(folder/'last.ckpt')['history'],
                            result=dataclasses.asdict(result), commit=checkout['commit'], sources=checkout['sources']))
     return path
 
@@ -578,9 +711,10 @@ def train(
 )->None:
     "Run, record if asked, and print what came out and what to try next."
     if flags.record and flags.resume not in (None, 'auto'): raise ValueError('--record: a run that goes on from elsewhere is not made by one command')
-    checkout = clean_checkout(config, flags.overwrite) if flags.record else None
-    result = run(config, resume=flags.resume, overwrite=flags.overwrite, callbacks=[TensorBoard(config.ckpt_dir)] if flags.tensorboard else [])
-    if result is None: return # there was nothing to do
+    first = _place()[0]==0
+    checkout = clean_checkout(config, flags.overwrite) if flags.record and first else None
+    result = run(config, resume=flags.resume, overwrite=flags.overwrite, callbacks=[TensorBoard(config.ckpt_dir)] if flags.tensorboard and first else [])
+    if result is None or not first: return # there was nothing to do, or another process tells it
     augmented = '' if result.test_accuracy_tta is None else f', {result.test_accuracy_tta:.4f} with mirror images averaged'
     print(f'test accuracy {result.test_accuracy:.4f}{augmented} (epoch {result.tested_epoch}, the {result.tested}), {result.seconds/60:.1f} min, {result.images_per_second:.0f} images/s')
     print(f'run folder    {config.ckpt_dir} (curves.png shows the history)')

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, StepLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
@@ -87,6 +89,13 @@ def _require_finite(losses):
     "Stop a run whose loss or gradient is inf or NaN: nothing after it is worth computing or saving."
     if losses and not torch.stack(losses).isfinite().all(): raise FloatingPointError('the loss or a gradient is not finite')
 
+# %% ../nbs/05_training.ipynb #_over_ranks
+def _over_ranks(loss, right, ranks):
+    "The mean loss and the number of right answers over all processes."
+    numbers = torch.stack([loss.double()/ranks, right.double()])
+    dist.all_reduce(numbers)
+    return numbers[0].float(), numbers[1].long()
+
 # %% ../nbs/05_training.ipynb #train_step
 def train_step(
     model:Callable,             # images -> logits (N, classes): a module in training mode, or its compiled form
@@ -96,6 +105,7 @@ def train_step(
     *,
     precision:str='fp32',       # 'fp32', or 'bf16' under autocast; weights and loss are float32 in both
     label_smoothing:float=0.0,  # probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567, section 7)
+    ranks:int=1,                # processes that take this step together, see "Several processes"
 )->tuple[Tensor, Tensor]:       # mean loss (NaN if a gradient is not finite) and number of right answers, both on the device: no wait for a GPU
     "Forward, backward, and one step of the optimizer. On a CPU a loss or gradient that is not finite is a `FloatingPointError` before the step."
     patches = PatchGradients() if precision=='bf16' and images.device.type=='cpu' else contextlib.nullcontext()
@@ -104,10 +114,11 @@ def train_step(
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]) # overflows at 1e19, far past hope
-    loss = torch.where(norm.isfinite(), loss.detach(), math.nan)
+    loss, right = torch.where(norm.isfinite(), loss.detach(), math.nan), (logits.argmax(1)==targets).sum()
+    if ranks > 1: loss, right = _over_ranks(loss, right, ranks) # before the look at the loss: all of them stop, or none
     if loss.device.type=='cpu': _require_finite([loss]) # a GPU is asked now and then, see `train_epoch`
     optimizer.step()
-    return loss, (logits.argmax(1)==targets).sum()
+    return loss, right
 
 # %% ../nbs/05_training.ipynb #Metrics
 class Metrics(NamedTuple):
@@ -150,12 +161,13 @@ def train_epoch(
     after_step:Callable=lambda: None, # called after each step
     progress:Progress|None=None, # of this epoch, filled in; the batches of the steps that it holds already are passed over
     check_every:int=50,        # steps between two looks at the loss, the only waits for a GPU
+    ranks:int=1,               # processes that share each batch
 )->Metrics:                    # of the training batches as they were met, with smoothed loss if smoothing is on
     "One pass over the batches. Raises `FloatingPointError` when the loss or a gradient is no longer a number."
     if progress is None: progress = Progress(optimizer.param_groups[0]['lr'])
     for images, targets in itertools.islice(batches, len(progress.losses), None):
-        loss, right = train_step(model, images, targets, optimizer, precision=precision, label_smoothing=label_smoothing)
-        progress.losses.append(loss); progress.rights.append(right); progress.counts.append(len(targets))
+        loss, right = train_step(model, images, targets, optimizer, precision=precision, label_smoothing=label_smoothing, ranks=ranks)
+        progress.losses.append(loss); progress.rights.append(right); progress.counts.append(len(targets)*ranks)
         if len(progress.losses)%check_every==0: _require_finite(progress.losses[-check_every:])
         if scheduler is not None: scheduler.step()
         after_step()
@@ -205,11 +217,13 @@ def _answers(model, batches, precision, tta):
     log_p = torch.cat(list(_log_probabilities(model, images(), precision, tta)))
     return log_p.cpu(), torch.cat(targets).cpu() # a GPU is waited for once, at the end
 
-def _metrics_of(log_p, targets):
+def _metrics_of(log_p, targets, ranks=1):
     "Loss, accuracy and confusion matrix."
     num_classes = log_p.shape[1]
     confusion = torch.bincount(targets*num_classes + log_p.argmax(1), minlength=num_classes**2).view(num_classes, num_classes)
-    return Metrics(F.nll_loss(log_p.double(), targets).item(), confusion.trace().item()/len(targets), confusion)
+    loss = F.nll_loss(log_p.double(), targets, reduction='sum')
+    for numbers in (loss, confusion) if ranks > 1 else (): dist.all_reduce(numbers)
+    return Metrics((loss/confusion.sum()).item(), confusion.trace().item()/confusion.sum().item(), confusion)
 
 def evaluate(
     model:nn.Module,      # gives logits; its mode is restored afterwards
@@ -217,9 +231,10 @@ def evaluate(
     *,
     precision:str='fp32', # 'fp32' or 'bf16'
     tta:bool=False,       # see `predict`
+    ranks:int=1,          # processes that evaluate together, each with its share of the images
 )->Metrics:               # with the confusion matrix
     "Loss and accuracy over all images, each counted once, in evaluation mode."
-    return _metrics_of(*_answers(model, batches, precision, tta))
+    return _metrics_of(*_answers(model, batches, precision, tta), ranks)
 
 # %% ../nbs/05_training.ipynb #orthogonalize
 def orthogonalize(
@@ -365,6 +380,17 @@ class Callback:
     )->None:
         "Take it back, before `before_fit`."
 
+# %% ../nbs/05_training.ipynb #_averaging
+def _averaging(model, images):
+    "The network in `DistributedDataParallel`, which averages gradients over processes while the backward pass still runs. After its first pass it arranges the messages anew; that pass is taken here, without effect, or a run that goes on would add up in another order."
+    parallel = DistributedDataParallel(model)
+    before = [buffer.clone() for buffer in model.buffers()]
+    parallel(images).sum().backward()
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before): buffer.copy_(value)
+    model.zero_grad()
+    return parallel
+
 # %% ../nbs/05_training.ipynb #fit
 def fit(
     model:nn.Module,       # on its device
@@ -373,11 +399,13 @@ def fit(
     config:TrainConfig,    # optimizer, schedule, number of epochs, precision, compile
     callbacks:Sequence=(), # `Callback`s, called in this order
     state:TrainState|None=None, # a run to go on with; a new one when left out
+    ranks:int=1,           # processes that train together, each calling `fit` with its share of the batches
 )->TrainState:             # with a row of history for each epoch
     "Train until `config.num_epochs` epochs are done, in all."
     if state is None: state = new_state(model, config, len(train))
     device = next(model.parameters()).device
-    precision, forward = pick_precision(config.precision, device), compile_model(model) if config.compile else model
+    precision, forward = pick_precision(config.precision, device), model if ranks==1 else _averaging(model.train(), next(iter(train))[0][:2])
+    if config.compile: forward = compile_model(forward)
     if isinstance(forward, _Compiled): callbacks = [forward, *callbacks]
     by_batch = config.lr_scheduler in BY_BATCH
     for callback in callbacks: callback.before_fit(state)
@@ -389,11 +417,12 @@ def fit(
         if hasattr(train, 'set_epoch'): train.set_epoch(state.epoch)
         model.train()
         try: trained = train_epoch(forward, train, state.optimizer, scheduler=state.scheduler if by_batch else None, precision=precision,
-                                   label_smoothing=config.label_smoothing, after_step=after_step, progress=progress)
+                                   label_smoothing=config.label_smoothing, after_step=after_step, progress=progress, ranks=ranks)
         except FloatingPointError as e:
             raise FloatingPointError(f'{e} in epoch {state.epoch}, step {len(progress.losses)}, at learning rate {state.optimizer.param_groups[0]["lr"]:g}: '
                                      'try a lower --lr, or --precision fp32') from None
-        valid_metrics = evaluate(state.eval_model, valid, precision=precision) if valid is not None else Metrics(None, None)
+        for buffer in state.eval_model.buffers() if ranks > 1 else (): dist.broadcast(buffer, 0) # each process has its own statistics of batch norm
+        valid_metrics = evaluate(state.eval_model, valid, precision=precision, ranks=ranks) if valid is not None else Metrics(None, None)
         if state.scheduler is not None and not by_batch: state.scheduler.step()
         state.history.append(dict(epoch=state.epoch, lr=progress.lr, train_loss=trained.loss, train_accuracy=trained.accuracy,
                                   valid_loss=valid_metrics.loss, valid_accuracy=valid_metrics.accuracy, seconds=progress.seconds))
