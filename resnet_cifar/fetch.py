@@ -473,7 +473,8 @@ def on_signal(
     before = [(number, signal.signal(number, handle)) for number in numbers]
     try: yield
     finally:
-        for number, handler in before: signal.signal(number, handler)
+        for number, handler in before:
+            if signal.getsignal(number) is handle: signal.signal(number, handler) # else it has been changed meanwhile, for good
 
 # %% ../nbs/02_fetch.ipynb #one_line_errors
 def _nobody_reads():
@@ -484,28 +485,34 @@ def _nobody_reads():
         return True
     return False
 
-def _speak_once():
+@contextlib.contextmanager
+def _one_speaks():
     "torchrun starts one command several times: on each machine the first process speaks, the others say nothing."
-    if 'TORCHELASTIC_RUN_ID' in os.environ and os.environ['LOCAL_RANK']!='0': sys.stdout = sys.stderr = open(os.devnull, 'w')
+    if 'TORCHELASTIC_RUN_ID' not in os.environ or os.environ.get('LOCAL_RANK', '0')=='0': yield
+    else:
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere): yield
+
+def _exit_code(error):
+    "What a command ends with: 1 the run failed, 2 the user can mend the command, 130 and 143 stopped."
+    if isinstance(error, KeyboardInterrupt): return getattr(error, 'code', 130)
+    return 2 if isinstance(error, (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError)) else 1
 
 def one_line_errors(
     main:Callable, # function of a list of words, the command line; returns nothing or an exit code
 )->Callable: # the same with errors told in one line; without arguments it takes the words from `sys.argv`
     "Decorator for commands: exit code 0 done, 1 the run failed, 2 the user can mend the command, 130 and 143 stopped by SIGINT and SIGTERM."
     @functools.wraps(main)
+    @_one_speaks()
     def command(argv=None)->int:
         argv = list(sys.argv[1:] if argv is None else argv)
-        debug = '--debug' in argv
-        _speak_once()
         try:
             with on_signal(_stop, (signal.SIGTERM,)): return main([word for word in argv if word!='--debug']) or 0
-        except KeyboardInterrupt as e: error, code = str(e) or 'stopped', getattr(e, 'code', 130)
+        except KeyboardInterrupt as e: error, code = str(e) or 'stopped', _exit_code(e)
         except Exception as e:
             if isinstance(e, BrokenPipeError) and _nobody_reads(): return 1
-            if debug: traceback.print_exc()
-            mendable = isinstance(e, (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError))
-            text = ' '.join(str(e).split())
-            error, code = (text if mendable or isinstance(e, OSError) else f'{type(e).__name__}: {text}'), 2 if mendable else 1
+            if '--debug' in argv: traceback.print_exc()
+            text, code = ' '.join(str(e).split()), _exit_code(e)
+            error = text if code==2 or isinstance(e, OSError) else f'{type(e).__name__}: {text}'
         print(f'error: {error}' if code < 128 else error, file=sys.stderr)
         return code
     return command

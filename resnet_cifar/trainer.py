@@ -8,10 +8,12 @@ __all__ = ['pick_device', 'resolve', 'load_or_fetch', 'make_loaders', 'expected_
            'write_record', 'train', 'main']
 
 # %% ../nbs/07_trainer.ipynb #imports-export
+import atexit
 import contextlib
 import copy
 import csv
 import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -24,7 +26,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +42,7 @@ import resnet_cifar
 from .checkpoint import Checkpointer, _advance, _model_of, load_checkpoint, replacing, require_room, restore, save_checkpoint, state_digest
 from .config import TrainConfig, TrainFlags, parse_args
 from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, normalize, split_train_valid
-from .fetch import Stopped, _require_writable, download_cifar10, locked, on_signal, one_line_errors
+from .fetch import Stopped, _exit_code, _require_writable, download_cifar10, locked, on_signal, one_line_errors
 from .models import _REGISTRY, create_model, summary, whiten_stem, widen
 from .training import BY_BATCH, EMA, Callback, TrainState, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
 
@@ -236,95 +240,136 @@ _runs = itertools.count() # one program may train several times
 
 def _place():
     "(rank, number of processes), as torchrun has numbered them; without it (0, 1)."
-    return (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if dist.is_torchelastic_launched() else (0, 1)
+    return (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if 'TORCHELASTIC_RUN_ID' in os.environ else (0, 1)
 
 class _Ranks:
     "The processes that train together, as torchrun started them; without it this one, alone."
     def __init__(self, folder):
-        self.launched, self.folder, self.agreed, self.waits = dist.is_torchelastic_launched(), folder, False, itertools.count()
-        self.rank, self.number = _place()
-        if self.launched: # torchrun has a table that outlives the processes
-            self.table = dist.PrefixStore(f'resnet_cifar/{next(_runs)}', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False))
-            self.now = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], self.table)
+        (self.rank, self.number), self.folder, self.agreed, self.waits, self.over = _place(), folder, False, itertools.count(), threading.Event()
+        self.table = self.now = None # torchrun's own table, which outlives the processes; the part of it that belongs to this attempt
+        if 'TORCHELASTIC_RUN_ID' in os.environ: self.table = dist.PrefixStore(f'resnet_cifar/{next(_runs)}', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False))
 
-    def highest(self, number):
-        "The highest of the processes' numbers."
-        if self.number==1: return number
-        numbers = torch.tensor(number)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return numbers.item()
-
-    def wait(self):
-        "Until all processes are here, for as long as it takes; in Python, so that a signal is heeded meanwhile."
-        key, step = f'wait {next(self.waits)}', 1
-        while self.number > 1 and self.now.add(key, step) < self.number:
-            step = 0
+    def meet(self):
+        "Find each other among what earlier attempts have left in the table: rank 0 gives a name, the others greet it, and it greets back."
+        mine, leader, begun = uuid.uuid4().hex, 'nobody', time.monotonic()
+        if not self.rank: self.table.set('leader', mine)
+        while not self.table.check([f'{leader} go']) or mine not in self.table.get(f'{leader} go').decode():
+            if self.table.check(['leader']): leader = self.table.get('leader').decode()
+            self.table.set(f'{leader} hello {self.rank}', mine)
+            hellos = [f'{leader} hello {rank}' for rank in range(self.number)]
+            if not self.rank and self.table.check(hellos): self.table.set(f'{leader} go', ' '.join(self.table.get(key).decode() for key in hellos))
+            if time.monotonic() > begun + 1800: raise TimeoutError(f'not all of the {self.number} processes have come within half an hour')
             time.sleep(0.02)
+        self.now = dist.PrefixStore(leader, self.table)
+        self.life = threading.Thread(target=self.beat, daemon=True)
+        self.life.start()
 
-    def from_first(self, value):
-        "The first process's value, in all of them."
-        self.wait()
-        values = [value]
-        if self.number > 1: dist.broadcast_object_list(values, 0, device=torch.device('cpu'))
-        return values[0]
+    def beat(self):
+        "Show that this process lives, whatever it waits for."
+        with contextlib.suppress(RuntimeError): # torchrun is gone
+            self.now.add(f'beats {self.rank}', 1)
+            while not self.over.wait(0.5): self.now.add(f'beats {self.rank}', 1)
 
-    def begun(self, mark=False):
-        "Whether this run had opened its folder before torchrun started the processes again; `mark` that it has."
-        if mark and self.launched: self.table.set('begun', '')
-        return self.launched and self.table.check(['begun'])
+    def gone(self, until=lambda: False):
+        "The ranks that neither live nor have said that they leave; it takes two seconds to tell, or `until` something is so."
+        def beats(): return [self.now.add(f'beats {rank}', 0) for rank in range(self.number)]
+        before, end = beats(), time.monotonic() + 2
+        while time.monotonic() < end and not until(): time.sleep(0.02)
+        return [] if until() else [rank for rank, (old, new) in enumerate(zip(before, beats())) if old==new and not self.now.check([f'left {rank}'])]
+
+# %% ../nbs/07_trainer.ipynb #_Ranks-together
+def _highest(ranks, number):
+    "The highest of the processes' numbers."
+    if ranks.number==1: return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.item()
+
+def _wait(ranks):
+    "Until all processes are here, for as long as it takes; in Python, so that signals are heeded meanwhile."
+    key, step, looked = f'wait {next(ranks.waits)}', 1, time.monotonic()
+    while ranks.number > 1 and ranks.now.add(key, step) < ranks.number:
+        if ranks.now.check(['stopped']): raise Stopped(int(ranks.now.get('stopped')))
+        if ranks.now.check(['told']) or time.monotonic() > looked + 5 and ranks.gone(): raise ConnectionError('another process has ended')
+        if time.monotonic() > looked + 5: looked = time.monotonic()
+        step = 0
+        time.sleep(0.05)
+
+def _from_first(ranks, value):
+    "The first process's value, in all of them."
+    _wait(ranks)
+    values = [value]
+    if ranks.number > 1: dist.broadcast_object_list(values, 0, device=torch.device('cpu'))
+    return values[0]
 
 # %% ../nbs/07_trainer.ipynb #_ending
 def _ending(ranks, e):
     "What a process raises whose run ends by `e`: one of them tells what happened, the others end in silence."
-    if ranks.number==1 or ranks.agreed: return e # alone, or all have stopped together
-    def told(): return ranks.now.check(['told'])
-    def gone(): return [rank for rank in range(ranks.number) if not ranks.now.check([f'here {rank}'])]
-    def wait(seconds, condition):
-        end = time.monotonic() + seconds
-        while not condition() and time.monotonic() < end: time.sleep(0.02)
-    cut_off = isinstance(e, (KeyboardInterrupt, dist.DistError)) or 'gloo' in str(e).lower() # else it is of our own making
+    if ranks.now is None or ranks.agreed: return e # alone; or all have stopped together
+    now, signalled = ranks.now, isinstance(e, KeyboardInterrupt)
+    def told(): return now.check(['told'])
+    cut_off = isinstance(e, ConnectionError) or isinstance(e, RuntimeError) and ('gloo' in str(e).lower() or isinstance(e, dist.DistError)) # else it is of our own making
     with on_signal(lambda number, frame: None): # when one has ended, torchrun ends all
-        ranks.now.set(f'here {ranks.rank}', '')
-        if cut_off: wait(5, lambda: told() or not gone()) # those that live come here too, after a step at most
-        elif ranks.rank: wait(1, told) # what all find wrong is told by the first
-        missing = gone() if cut_off else []
-        silent = ranks.rank > 0 if isinstance(e, KeyboardInterrupt) and not missing else told() or ranks.now.add('told', 1) > 1
-    if silent: return SystemExit(getattr(e, 'code', 1))
-    if ranks.rank: sys.stderr = sys.__stderr__ # it was to say nothing so far
-    if missing: return ConnectionError(f'rank {", ".join(map(str, missing))} of {ranks.number} (counted from 0) does not answer any more; --resume auto goes on from the last checkpoint in {ranks.folder}')
-    if ranks.rank: e.args = (f'rank {ranks.rank}: {e}',)
+        now.set(f'left {ranks.rank}', '')
+        if signalled: now.set('stopped', str(_exit_code(e) - 128))
+        missing, end = ranks.gone(told) if signalled or cut_off else [], time.monotonic() + 1
+        while ranks.rank and not signalled and not cut_off and not told() and time.monotonic() < end: time.sleep(0.02) # what all find wrong is told by the first
+        if cut_off and not missing and now.check(['stopped']): e, signalled = Stopped(int(now.get('stopped'))), True
+        if missing: e = ConnectionError(f'rank {", ".join(map(str, missing))} of {ranks.number} (counted from 0) does not answer any more; --resume auto goes on from the last checkpoint in {ranks.folder}')
+        if not told() and (missing or not signalled): now.set('code', str(_exit_code(e)))
+        silent = told() or (ranks.rank > 0 if signalled and not missing else now.add('told', 1) > 1)
+    if silent: return SystemExit(int(now.get('code')) if told() else _exit_code(e))
+    if not ranks.rank: return e
+    sys.stderr = sys.__stderr__ # it was to say nothing so far
+    return e if missing else _said_by(ranks.rank, e)
+
+def _said_by(rank, e):
+    "The same error with the rank in front of its text."
+    text = f'rank {rank}: {e}'
+    if isinstance(e, OSError): return type(e)(text)
+    e.args = (text,)
     return e
 
 # %% ../nbs/07_trainer.ipynb #_joined
+def _part():
+    "Leave the group of processes for good. What still refers to it, DDP's rings of references above all, must go first: Gloo's threads would outlive Python, and crash."
+    gc.collect()
+    if dist.is_initialized(): dist.destroy_process_group()
+
 def _require_device(config, ranks):
-    "Have a device for each process of this machine; settings that do not suit several processes are a `ValueError`."
+    "Have a device for each process of this machine; settings that do not suit several processes are a `ValueError`. Gives what connects them."
     device = pick_device(config.device).type
     if config.batch_size%ranks.number: raise ValueError(f'--batch_size {config.batch_size}: must be a multiple of {ranks.number}, the number of processes')
     if ranks.number > 1 and device=='mps': raise ValueError(f'--device {config.device}: several processes cannot share this GPU; --device cpu')
     if ranks.number > 1 and device=='cuda':
-        local, there = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
-        if local >= there: raise ValueError(f'--nproc_per_node: there are more processes than the {there} GPUs of this machine; as many, or --device cpu')
-        torch.cuda.set_device(local)
+        here, there = int(os.environ['LOCAL_WORLD_SIZE']), torch.cuda.device_count()
+        if here > there: raise ValueError(f'--nproc_per_node {here}: this machine has {there} GPUs; as many, or --device cpu')
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     return 'cpu:gloo,cuda:nccl' if device=='cuda' else 'gloo'
 
 @contextlib.contextmanager
 def _joined(config):
     "While the processes of a run work together: (`_Ranks`, the settings resolved). Only the first one prints."
     ranks = _Ranks(config.ckpt_dir)
-    with contextlib.redirect_stdout(open(os.devnull, 'w')) if ranks.rank else contextlib.nullcontext():
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere) if ranks.rank else contextlib.nullcontext():
+        backend, config = _require_device(config, ranks), resolve(config)
+        if ranks.number==1:
+            yield ranks, config
+            return
+        ranks.meet()
         try:
-            backend, config = _require_device(config, ranks), resolve(config)
-            if ranks.number > 1:
-                ranks.wait()
-                dist.init_process_group(backend)
-                for name, now, then in _changes(config, ranks.from_first(dataclasses.asdict(config)), _PLACES): raise ValueError(f'--{name} {now}: rank 0 has {then}')
+            dist.init_process_group(backend, store=dist.PrefixStore('group', ranks.now), rank=ranks.rank, world_size=ranks.number)
+            for name, now, then in _changes(config, _from_first(ranks, dataclasses.asdict(config)), _PLACES): raise ValueError(f'--{name} {now}: rank 0 has {then}')
             yield ranks, config
         except (Exception, KeyboardInterrupt) as e:
-            if ranks.agreed and ranks.number > 1: dist.destroy_process_group() # else there is nobody to say good-bye to
             ended = _ending(ranks, e)
+            if ranks.agreed or backend=='gloo': atexit.register(_part) # the error refers to all that has been; and NCCL would wait for the dead
             if ended is e: raise
             raise ended from e
-        if ranks.number > 1: dist.destroy_process_group()
+        finally:
+            ranks.over.set()
+            ranks.life.join(2)
+        _part()
 
 # %% ../nbs/07_trainer.ipynb #_Watched
 class _Stop:
@@ -340,7 +385,7 @@ class _Stop:
 
     def check(self):
         "Called where nothing is half done, by all processes alike: a signal that one of them got stops all."
-        number = self.ranks.highest(self.number or 0)
+        number = _highest(self.ranks, self.number or 0)
         if not number: return
         self.number, self.between_steps, self.ranks.agreed = number, True, True
         raise Stopped(number)
@@ -379,7 +424,7 @@ def _test(config, loaders, state, seconds, ranks):
     "Use the test images, once: the best validation epoch, or the last one where there was no validation."
     folder, best = Path(config.ckpt_dir), state.best_epoch
     file = folder/('last.ckpt' if best is None else 'best.ckpt')
-    content = ranks.from_first(None if ranks.rank else load_checkpoint(file))
+    content = _from_first(ranks, None if ranks.rank else load_checkpoint(file))
     if best is not None and content['epoch']!=best + 1: raise RuntimeError(f'{folder/"best.ckpt"} is not of epoch {best}, the best: its file was lost on the way')
     model = _model_of(content, content, file).to(config.device)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
@@ -500,11 +545,10 @@ def run(
     overwrite:bool=False,    # start anew in a folder that holds a run
     callbacks:Sequence=(),   # `Callback`s of your own; their state is saved with the run
 )->RunResult|None:           # `None` where fewer epochs are asked for than are there
-    "Train, choose the best epoch on the validation images, test it once, and leave a run folder. CIFAR-10 is fetched when missing."
+    "Train, choose the best epoch on the validation images, test it once, and leave a run folder. CIFAR-10 is fetched when missing. Under torchrun all processes call it; where one fails, the others leave by `SystemExit`."
     begin = time.monotonic()
     with _joined(config) as (ranks, config), contextlib.nullcontext() if ranks.rank else _own_folder(config):
-        if ranks.begun(): resume, overwrite = 'auto', False # torchrun has started it again
-        finished, saved, changed = ranks.from_first(None if ranks.rank else _found(config, resume, overwrite))
+        finished, saved, changed, source = _from_first(ranks, None if ranks.rank else _found(config, resume, overwrite, ranks))
         if finished is not None: return finished
         if saved is not None and (config.num_epochs < saved['epoch'] or config.num_epochs==saved['epoch'] and saved['progress'] is not None):
             return print(f'the run in {config.ckpt_dir} has {saved["epoch"]} finished epochs, --num_epochs {config.num_epochs} asks for no more')
@@ -514,44 +558,36 @@ def run(
             state, kept = _new_run(config, loaders[0], callbacks, saved)
             if saved is not None: restore(state, saved, kept, _position(config, saved, len(loaders[0])))
             earlier = sum(row['seconds'] for row in state.history) + (state.progress.seconds if state.progress else 0)
-            best = None if ranks.rank else _require_all(config, resume, saved, changed, state)
-            ranks.wait()
+            best, here = None, saved is not None and source.resolve()==Path(config.ckpt_dir).resolve() # the run goes on in its own folder
+            if not ranks.rank:
+                require_room(Path(config.ckpt_dir), state, config)
+                if saved is not None: best = _best_of(source, here, saved, changed)
+            _wait(ranks)
             describe(state.model, config, loaders, state.epoch, len(state.progress.losses) if state.progress else 0, ranks.number) # all of them, for they share the machine that it times
-            if not ranks.rank: _begin(config, resume, saved, changed, best, ranks)
-            ranks.wait()
+            if not ranks.rank: _open_folder(config, here, changed + ([] if saved is None or here else [f'begun elsewhere: {source}']), best, ranks) # from here on an old run is gone
+            _wait(ranks)
             result = _train_and_test(config, loaders, state, kept, lambda: time.monotonic() - begin + earlier, ranks)
         if not ranks.rank: _write_json(Path(config.ckpt_dir)/'result.json', dataclasses.asdict(result))
+        _wait(ranks) # nobody leaves before that
     return result
 
 # %% ../nbs/07_trainer.ipynb #_begin
-def _found(config, resume, overwrite):
-    "What is there to go on with: (`RunResult` of a finished run or `None`, checkpoint or `None`, lines on settings that have changed since)."
+def _found(config, resume, overwrite, ranks):
+    "What is there to go on with: (`RunResult` of a finished run or `None`, checkpoint or `None`, lines on settings that have changed since, the folder that it is from)."
+    folder = Path(config.ckpt_dir)
+    if ranks.table is not None and ranks.table.check(['begun']): # torchrun has started us again
+        resume, overwrite = ('auto', False) if (folder/'last.ckpt').exists() else (resume, True)
     finished, saved = _find_run(config, resume, overwrite)
     if finished is not None: print(f'the run in {config.ckpt_dir} is finished; --overwrite starts it anew')
-    return finished, saved, [] if saved is None else _accept(config, saved, config.ckpt_dir if resume=='auto' else resume)
+    changed = [] if saved is None else _accept(config, saved, config.ckpt_dir if resume=='auto' else resume)
+    return finished, saved, changed, _source(config, resume)
 
 def _data(config, ranks):
     "CIFAR-10; the first process fetches it where it is missing, the others wait."
-    if ranks.rank: ranks.wait()
+    if ranks.rank: _wait(ranks)
     dataset = (load_cifar10 if ranks.rank else load_or_fetch)(config.root, config.skip_checksum)
-    if not ranks.rank: ranks.wait()
+    if not ranks.rank: _wait(ranks)
     return dataset
-
-def _goes_on_here(config, resume, saved):
-    "Whether a run goes on in its own folder."
-    return saved is not None and _source(config, resume).resolve()==Path(config.ckpt_dir).resolve()
-
-def _require_all(config, resume, saved, changed, state):
-    "What a run needs apart from its last checkpoint: room, and the best epoch's file, which is given where it must be brought along."
-    require_room(Path(config.ckpt_dir), state, config)
-    return None if saved is None else _best_of(_source(config, resume), _goes_on_here(config, resume, saved), saved, changed)
-
-def _begin(config, resume, saved, changed, best, ranks):
-    "Make the folder this run's."
-    here = _goes_on_here(config, resume, saved)
-    _open_folder(config, here, changed + ([] if saved is None or here else [f'begun elsewhere: {resume}']), ranks.number) # from here on an old run is gone
-    if best is not None: save_checkpoint(Path(config.ckpt_dir)/'best.ckpt', best)
-    ranks.begun(mark=True)
 
 # %% ../nbs/07_trainer.ipynb #_own_folder
 @contextlib.contextmanager
@@ -573,16 +609,18 @@ def _own_folder(config):
             with contextlib.suppress(OSError): path.rmdir()
             if path.exists() or path==made: break
 
-def _open_folder(config, here, changed, ranks):
+def _open_folder(config, here, changed, best, ranks):
     "Make room in the folder now that the run can begin: an old run's files go, and what killed processes left; the settings are written."
     folder = Path(config.ckpt_dir)
     before = _read_json(folder/'config.json') if here and (folder/'config.json').exists() else {}
     for name in ('result.json',) if here else _RUN_FILES: (folder/name).unlink(missing_ok=True)
     if not here: shutil.rmtree(folder/'tensorboard', ignore_errors=True)
     for path in (*folder.glob('.*.tmp*'), *([] if here else folder.glob('last.ckpt.damaged'))): path.unlink()
-    if before and before.get('processes', 1)!=ranks: changed = changed + [f'{ranks} processes: were {before.get("processes", 1)}']
-    settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources())) | (dict(processes=ranks) if ranks > 1 else {})
+    if before and before.get('processes', 1)!=ranks.number: changed = changed + [f'{ranks.number} processes: were {before.get("processes", 1)}']
+    settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources())) | (dict(processes=ranks.number) if ranks.number > 1 else {})
     _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
+    if best is not None: save_checkpoint(folder/'best.ckpt', best)
+    if ranks.table is not None: ranks.table.set('begun', '')
 
 # %% ../nbs/07_trainer.ipynb #_new_run
 def _new_run(config, train, callbacks, saved):
@@ -632,6 +670,11 @@ def _memory_advice(config):
         if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e): raise
         raise MemoryError(f'out of memory with --batch_size {config.batch_size}: try ' + (f'--batch_size {config.batch_size//2}' if config.batch_size > 1 else 'a smaller network')) from None
 
+def _leave(ranks):
+    "Leave together, after the first process has saved. When one has left, torchrun ends the others, who are about to do so with another exit code."
+    with contextlib.suppress(RuntimeError): _highest(ranks, 0)
+    if ranks.number > 1 and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
 def _train_and_test(config, loaders, state, kept, seconds, ranks):
     "Fit with the run's own callbacks, then test. A signal saves and stops."
     folder, stop = Path(config.ckpt_dir), _Stop(ranks)
@@ -646,8 +689,10 @@ def _train_and_test(config, loaders, state, kept, seconds, ranks):
             fit(state.model, train, valid, config, callbacks, state, ranks.number)
             return _test(config, (train, valid, test), state, seconds, ranks)
     except BaseException as e:
-        if stop.between_steps and state.epoch < config.num_epochs and not ranks.rank: saving.save(state)
-        if stop.between_steps: ranks.highest(0) # nobody leaves before that: torchrun would end the one who saves
+        if stop.between_steps:
+            try:
+                if state.epoch < config.num_epochs and not ranks.rank: saving.save(state)
+            finally: _leave(ranks)
         if stop.number is None and not isinstance(e, KeyboardInterrupt) or isinstance(e, Stopped) and not stop.between_steps: raise # not stopped, or by a second signal
         # what goes wrong after a first signal (in a compiler, in a background process) is its doing
         steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None and state.progress.losses else ''

@@ -384,6 +384,7 @@ class Callback:
 def _averaging(model, images):
     "The network in `DistributedDataParallel`, which averages gradients over processes while the backward pass still runs. After its first pass it arranges the messages anew; that pass is taken here, without effect, or a run that goes on would add up in another order."
     parallel = DistributedDataParallel(model)
+    parallel.broadcast_buffers = False # the first process's statistics are sent when they are needed, before an evaluation
     before = [buffer.clone() for buffer in model.buffers()]
     parallel(images).sum().backward()
     with torch.no_grad():
@@ -404,11 +405,11 @@ def fit(
     "Train until `config.num_epochs` epochs are done, in all."
     if state is None: state = new_state(model, config, len(train))
     device = next(model.parameters()).device
-    precision, forward = pick_precision(config.precision, device), model if ranks==1 else _averaging(model.train(), next(iter(train))[0][:2])
+    precision, by_batch = pick_precision(config.precision, device), config.lr_scheduler in BY_BATCH
+    for callback in callbacks: callback.before_fit(state)
+    forward = model if ranks==1 else _averaging(model.train(), next(iter(train))[0][:2])
     if config.compile: forward = compile_model(forward)
     if isinstance(forward, _Compiled): callbacks = [forward, *callbacks]
-    by_batch = config.lr_scheduler in BY_BATCH
-    for callback in callbacks: callback.before_fit(state)
     def after_step():
         for callback in callbacks: callback.after_step(state)
     while state.epoch < config.num_epochs:
