@@ -474,7 +474,7 @@ def on_signal(
     try: yield
     finally:
         for number, handler in before:
-            if signal.getsignal(number) is handle: signal.signal(number, handler) # else it has been changed meanwhile, for good
+            if signal.getsignal(number)!=signal.SIG_IGN: signal.signal(number, handler) # else somebody has become deaf, for good
 
 # %% ../nbs/02_fetch.ipynb #one_line_errors
 def _nobody_reads():

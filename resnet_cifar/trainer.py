@@ -246,8 +246,12 @@ class _Ranks:
     "The processes that train together, as torchrun started them; without it this one, alone."
     def __init__(self, folder):
         (self.rank, self.number), self.folder, self.agreed, self.waits, self.over = _place(), folder, False, itertools.count(), threading.Event()
-        self.table = self.now = None # torchrun's own table, which outlives the processes; the part of it that belongs to this attempt
-        if 'TORCHELASTIC_RUN_ID' in os.environ: self.table = dist.PrefixStore(f'resnet_cifar/{next(_runs)}', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False))
+        self.run, self.table, self.now = next(_runs), None, None # torchrun's own table, which outlives the processes; the part of it that belongs to this attempt
+        if 'TORCHELASTIC_RUN_ID' in os.environ: self.table = self.connect()
+
+    def connect(self):
+        "A connection to torchrun's table, to what this run has in it."
+        return dist.PrefixStore(f'resnet_cifar/{self.run}', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False))
 
     def meet(self):
         "Find each other among what earlier attempts have left in the table: rank 0 gives a name, the others greet it, and it greets back."
@@ -261,21 +265,25 @@ class _Ranks:
             if time.monotonic() > begun + 1800: raise TimeoutError(f'not all of the {self.number} processes have come within half an hour')
             time.sleep(0.02)
         self.now = dist.PrefixStore(leader, self.table)
-        self.life = threading.Thread(target=self.beat, daemon=True)
+        self.life = threading.Thread(target=self.beat, args=(dist.PrefixStore(leader, self.connect()),), daemon=True) # a connection serves one at a time
         self.life.start()
 
-    def beat(self):
-        "Show that this process lives, whatever it waits for."
-        with contextlib.suppress(RuntimeError): # torchrun is gone
-            self.now.add(f'beats {self.rank}', 1)
-            while not self.over.wait(0.5): self.now.add(f'beats {self.rank}', 1)
+    def beat(self, table):
+        "Show that this process lives, whatever it waits for. Without torchrun the run is stopped, as if by a signal."
+        try:
+            table.add(f'beats {self.rank}', 1)
+            while not self.over.wait(0.5): table.add(f'beats {self.rank}', 1)
+        except RuntimeError:
+            if not self.over.is_set(): signal.raise_signal(signal.SIGTERM)
 
-    def gone(self, until=lambda: False):
-        "The ranks that neither live nor have said that they leave; it takes two seconds to tell, or `until` something is so."
+    def gone(self, until, seconds=2):
+        "The ranks that for some seconds neither show that they live nor have said that they leave; none as soon as `until` something is so."
         def beats(): return [self.now.add(f'beats {rank}', 0) for rank in range(self.number)]
-        before, end = beats(), time.monotonic() + 2
-        while time.monotonic() < end and not until(): time.sleep(0.02)
-        return [] if until() else [rank for rank, (old, new) in enumerate(zip(before, beats())) if old==new and not self.now.check([f'left {rank}'])]
+        before, end = beats(), time.monotonic() + seconds
+        while time.monotonic() < end:
+            if until(): return []
+            time.sleep(0.03)
+        return [rank for rank, (old, new) in enumerate(zip(before, beats())) if old==new and not self.now.check([f'left {rank}'])]
 
 # %% ../nbs/07_trainer.ipynb #_Ranks-together
 def _highest(ranks, number):
@@ -287,13 +295,13 @@ def _highest(ranks, number):
 
 def _wait(ranks):
     "Until all processes are here, for as long as it takes; in Python, so that signals are heeded meanwhile."
-    key, step, looked = f'wait {next(ranks.waits)}', 1, time.monotonic()
-    while ranks.number > 1 and ranks.now.add(key, step) < ranks.number:
-        if ranks.now.check(['stopped']): raise Stopped(int(ranks.now.get('stopped')))
-        if ranks.now.check(['told']) or time.monotonic() > looked + 5 and ranks.gone(): raise ConnectionError('another process has ended')
-        if time.monotonic() > looked + 5: looked = time.monotonic()
-        step = 0
-        time.sleep(0.05)
+    if ranks.number==1: return
+    key = f'wait {next(ranks.waits)}'
+    def ended(): return ranks.now.check(['told']) or ranks.now.check(['stopped'])
+    def all_here(): return ranks.now.add(key, 0)==ranks.number
+    ranks.now.add(key, 1)
+    while not all_here():
+        if ended() or ranks.gone(lambda: all_here() or ended(), 10): raise ConnectionError('another process has ended')
 
 def _from_first(ranks, value):
     "The first process's value, in all of them."
@@ -303,22 +311,27 @@ def _from_first(ranks, value):
     return values[0]
 
 # %% ../nbs/07_trainer.ipynb #_ending
+def _become_deaf():
+    "For a process that is about to end anyway: when one has ended, torchrun ends the others by a signal."
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+
 def _ending(ranks, e):
     "What a process raises whose run ends by `e`: one of them tells what happened, the others end in silence."
-    if ranks.now is None or ranks.agreed: return e # alone; or all have stopped together
+    if ranks.agreed: return e # all have stopped together
+    _become_deaf()
     now, signalled = ranks.now, isinstance(e, KeyboardInterrupt)
     def told(): return now.check(['told'])
     cut_off = isinstance(e, ConnectionError) or isinstance(e, RuntimeError) and ('gloo' in str(e).lower() or isinstance(e, dist.DistError)) # else it is of our own making
-    with on_signal(lambda number, frame: None): # when one has ended, torchrun ends all
-        now.set(f'left {ranks.rank}', '')
-        if signalled: now.set('stopped', str(_exit_code(e) - 128))
-        missing, end = ranks.gone(told) if signalled or cut_off else [], time.monotonic() + 1
-        while ranks.rank and not signalled and not cut_off and not told() and time.monotonic() < end: time.sleep(0.02) # what all find wrong is told by the first
-        if cut_off and not missing and now.check(['stopped']): e, signalled = Stopped(int(now.get('stopped'))), True
-        if missing: e = ConnectionError(f'rank {", ".join(map(str, missing))} of {ranks.number} (counted from 0) does not answer any more; --resume auto goes on from the last checkpoint in {ranks.folder}')
-        if not told() and (missing or not signalled): now.set('code', str(_exit_code(e)))
-        silent = told() or (ranks.rank > 0 if signalled and not missing else now.add('told', 1) > 1)
-    if silent: return SystemExit(int(now.get('code')) if told() else _exit_code(e))
+    now.set(f'left {ranks.rank}', '')
+    if signalled: now.set('stopped', str(_exit_code(e) - 128))
+    missing, end = ranks.gone(told) if signalled or cut_off else [], time.monotonic() + 1
+    while ranks.rank and not signalled and not cut_off and not told() and time.monotonic() < end: time.sleep(0.02) # what all find wrong is told by the first
+    if missing: e = ConnectionError(f'rank {", ".join(map(str, missing))} of {ranks.number} (counted from 0) does not answer any more; --resume auto goes on from the last checkpoint in {ranks.folder}')
+    elif cut_off and now.check(['stopped']): e, signalled = Stopped(int(now.get('stopped'))), True
+    mine = f'{_exit_code(e)} {ranks.rank}'
+    speaks = not ranks.rank and not told() if signalled and not missing else now.compare_set('told', '', mine).decode()==mine
+    if not speaks: return SystemExit(int(now.get('told').decode().split()[0]) if told() else _exit_code(e))
     if not ranks.rank: return e
     sys.stderr = sys.__stderr__ # it was to say nothing so far
     return e if missing else _said_by(ranks.rank, e)
@@ -340,11 +353,11 @@ def _require_device(config, ranks):
     "Have a device for each process of this machine; settings that do not suit several processes are a `ValueError`. Gives what connects them."
     device = pick_device(config.device).type
     if config.batch_size%ranks.number: raise ValueError(f'--batch_size {config.batch_size}: must be a multiple of {ranks.number}, the number of processes')
-    if ranks.number > 1 and device=='mps': raise ValueError(f'--device {config.device}: several processes cannot share this GPU; --device cpu')
-    if ranks.number > 1 and device=='cuda':
-        here, there = int(os.environ['LOCAL_WORLD_SIZE']), torch.cuda.device_count()
-        if here > there: raise ValueError(f'--nproc_per_node {here}: this machine has {there} GPUs; as many, or --device cpu')
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    if device=='mps': raise ValueError(f'--device {config.device}: several processes cannot share this GPU; --device cpu')
+    if device=='cuda':
+        place, there = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        if place >= there: raise ValueError(f'--nproc_per_node: there are more processes than the {there} GPUs of this machine; as many, or --device cpu')
+        torch.cuda.set_device(place)
     return 'cpu:gloo,cuda:nccl' if device=='cuda' else 'gloo'
 
 @contextlib.contextmanager
@@ -352,18 +365,19 @@ def _joined(config):
     "While the processes of a run work together: (`_Ranks`, the settings resolved). Only the first one prints."
     ranks = _Ranks(config.ckpt_dir)
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere) if ranks.rank else contextlib.nullcontext():
-        backend, config = _require_device(config, ranks), resolve(config)
         if ranks.number==1:
-            yield ranks, config
+            yield ranks, resolve(config)
             return
         ranks.meet()
         try:
+            backend, config = _require_device(config, ranks), resolve(config)
             dist.init_process_group(backend, store=dist.PrefixStore('group', ranks.now), rank=ranks.rank, world_size=ranks.number)
             for name, now, then in _changes(config, _from_first(ranks, dataclasses.asdict(config)), _PLACES): raise ValueError(f'--{name} {now}: rank 0 has {then}')
             yield ranks, config
         except (Exception, KeyboardInterrupt) as e:
-            ended = _ending(ranks, e)
-            if ranks.agreed or backend=='gloo': atexit.register(_part) # the error refers to all that has been; and NCCL would wait for the dead
+            if ranks.agreed: atexit.register(_part) # not now: the error refers to all that has been. Else there is nobody to part from, and it would wait for the dead
+            try: ended = _ending(ranks, e)
+            except RuntimeError: ended = ConnectionError(f'torchrun does not answer any more; --resume auto goes on from the last checkpoint in {config.ckpt_dir}')
             if ended is e: raise
             raise ended from e
         finally:
@@ -374,13 +388,15 @@ def _joined(config):
 # %% ../nbs/07_trainer.ipynb #_Watched
 class _Stop:
     "Remembers the first signal, to be looked at between two steps; the second one ends the program at once."
-    def __init__(self, ranks): self.ranks, self.number, self.received, self.between_steps = ranks, None, False, False
+    def __init__(self, ranks): self.ranks, self.number, self.between_steps = ranks, None, False
 
     def __call__(self, number, frame):
         "The signal's handler."
-        if self.received: raise Stopped(number, 'stopped at once, by a second signal')
-        self.number, self.received = number, True
-        if self.ranks.number > 1: return # torchrun tells it
+        if self.ranks.number > 1: # each gets it, some twice: from a batch system and from torchrun, which tells it, and ends after half a minute what has not stopped
+            self.number = self.number or number
+            return
+        if self.number is not None: raise Stopped(number, 'stopped at once, by a second signal')
+        self.number = number
         with contextlib.suppress(OSError): os.write(2, b'stopping at the next step (a second signal stops at once)\n') # print may not be used here
 
     def check(self):
@@ -576,7 +592,7 @@ def _found(config, resume, overwrite, ranks):
     "What is there to go on with: (`RunResult` of a finished run or `None`, checkpoint or `None`, lines on settings that have changed since, the folder that it is from)."
     folder = Path(config.ckpt_dir)
     if ranks.table is not None and ranks.table.check(['begun']): # torchrun has started us again
-        resume, overwrite = ('auto', False) if (folder/'last.ckpt').exists() else (resume, True)
+        resume, overwrite = ('auto', False) if any((folder/name).exists() for name in ('last.ckpt', 'previous.ckpt')) else (resume, True)
     finished, saved = _find_run(config, resume, overwrite)
     if finished is not None: print(f'the run in {config.ckpt_dir} is finished; --overwrite starts it anew')
     changed = [] if saved is None else _accept(config, saved, config.ckpt_dir if resume=='auto' else resume)
@@ -671,32 +687,32 @@ def _memory_advice(config):
         raise MemoryError(f'out of memory with --batch_size {config.batch_size}: try ' + (f'--batch_size {config.batch_size//2}' if config.batch_size > 1 else 'a smaller network')) from None
 
 def _leave(ranks):
-    "Leave together, after the first process has saved. When one has left, torchrun ends the others, who are about to do so with another exit code."
+    "Leave together, after the first process has saved."
     with contextlib.suppress(RuntimeError): _highest(ranks, 0)
-    if ranks.number > 1 and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if ranks.number > 1: _become_deaf()
 
 def _train_and_test(config, loaders, state, kept, seconds, ranks):
     "Fit with the run's own callbacks, then test. A signal saves and stops."
     folder, stop = Path(config.ckpt_dir), _Stop(ranks)
     train, valid, test = (None if loader is None else _Watched(loader, stop, bar) for loader, bar in zip(loaders, (True, False, False)))
     saving = Checkpointer(folder, config, kept)
-    try:
-        with on_signal(stop):
+    with on_signal(stop):
+        try:
             callbacks = [*kept, *([] if ranks.rank else [saving, RunFolder(folder, config)])]
             if state.model.architecture['width']!=config.width: # still narrow, perhaps with no epoch left: the callbacks take up their state all the same
                 with contextlib.suppress(_Narrow.Over): fit(state.model, train, valid, config, [*callbacks, _Narrow(config, len(train))], state, ranks.number)
                 state = _widened(state, config, len(train))
             fit(state.model, train, valid, config, callbacks, state, ranks.number)
             return _test(config, (train, valid, test), state, seconds, ranks)
-    except BaseException as e:
-        if stop.between_steps:
-            try:
-                if state.epoch < config.num_epochs and not ranks.rank: saving.save(state)
-            finally: _leave(ranks)
-        if stop.number is None and not isinstance(e, KeyboardInterrupt) or isinstance(e, Stopped) and not stop.between_steps: raise # not stopped, or by a second signal
-        # what goes wrong after a first signal (in a compiler, in a background process) is its doing
-        steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None and state.progress.losses else ''
-        raise Stopped(stop.number or signal.SIGINT, f'stopped; {folder} holds {state.epoch} finished epochs{steps}: --resume auto goes on') from None
+        except BaseException as e:
+            if stop.between_steps:
+                try:
+                    if state.epoch < config.num_epochs and not ranks.rank: saving.save(state)
+                finally: _leave(ranks)
+            if stop.number is None and not isinstance(e, KeyboardInterrupt) or isinstance(e, Stopped) and not stop.between_steps: raise # not stopped, or by a second signal
+            # what goes wrong after a first signal (in a compiler, in a background process) is its doing
+            steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None and state.progress.losses else ''
+            raise Stopped(stop.number or signal.SIGINT, f'stopped; {folder} holds {state.epoch} finished epochs{steps}: --resume auto goes on') from None
 
 # %% ../nbs/07_trainer.ipynb #command_of
 def command_of(
