@@ -235,13 +235,14 @@ class TensorBoard(Callback):
         "Add the last row."
         self.write(state.history[-1])
 
-# %% ../nbs/07_trainer.ipynb #_Ranks
+# %% ../nbs/07_trainer.ipynb #_place
 _runs = itertools.count() # one program may train several times
 
 def _place():
     "(rank, number of processes), as torchrun has numbered them; without it (0, 1)."
     return (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if 'TORCHELASTIC_RUN_ID' in os.environ else (0, 1)
 
+# %% ../nbs/07_trainer.ipynb #_Ranks
 class _Ranks:
     "The processes that train together, as torchrun started them; without it this one, alone."
     def __init__(self, folder):
