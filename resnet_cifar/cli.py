@@ -13,13 +13,14 @@ import difflib
 import json
 import os
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
 from typing import Literal
 
 import resnet_cifar
-from .config import MODELS, _require_one_of, _require_range, parse_args
+from .config import MODELS, _require_one_of, _require_range, command_of, parse_args, read_record, record_paths
 from .fetch import DownloadFlags, _require_writable, download_cifar10, one_line_errors, parse_flags
 
 # %% ../nbs/10_cli.ipynb #EvaluateFlags
@@ -193,17 +194,36 @@ def export_command(
 # %% ../nbs/10_cli.ipynb #InfoFlags
 @dataclasses.dataclass(frozen=True)
 class InfoFlags:
-    "What the networks cost for one image: parameters, multiply-accumulates (MACs), activation memory for training. `info NAME` shows the stages of one."
-    name:str|None=dataclasses.field(default=None, metadata=dict(positional=True)) # the network whose stages to show; left out: a line for each network
+    "What the networks cost for one image: parameters, multiply-accumulates (MACs), activation memory for training. `info NAME` shows the stages of one, `info --runs [FOLDER]` lists recorded runs."
+    name:str|None=dataclasses.field(default=None, metadata=dict(positional=True)) # the network whose stages to show, or with --runs the folder of records; left out: a line for each network, or nbs/runs
+    runs:bool=False                    # list recorded runs: what came out, where, and the command that makes it again
     image_size:int=32                  # height and width of the image in pixels
     num_classes:int=10                 # length of the logits
+
+# %% ../nbs/10_cli.ipynb #_list_runs
+def _list_runs(folder):
+    "Print what came out of the recorded runs of a folder, and the command for each; the exit code is 1 where one could not be read."
+    paths, failed = record_paths(folder), False
+    if not paths: raise FileNotFoundError(f'--runs {folder}: {"holds no record of a run" if Path(folder).is_dir() else "no such folder"}; the records are in nbs/runs of a checkout')
+    for path in paths:
+        try: record = read_record(path)
+        except ValueError as e:
+            failed = True
+            print(f'error: {e}', file=sys.stderr)
+            continue
+        config, result = record['config'], record['result']
+        threads = f'OMP_NUM_THREADS={record["threads"]} ' if config.device=='cpu' and record['threads'] else ''
+        print(f'{path.stem}: test accuracy {result["test_accuracy"]:.4f} in {result["seconds"]/60:.1f} min, {result["machine"]}, torch {result["versions"]["torch"]}, commit {record["commit"][:7]}\n'
+              f'  {threads}{command_of(config, record["processes"])} --ckpt_dir {shlex.quote(f"checkpoints/{path.stem}")}')
+    return int(failed)
 
 # %% ../nbs/10_cli.ipynb #info_command
 def info_command(
     argv:list, # the words after `info`
-)->None:
-    "The command `resnet-cifar info [NAME]`."
+)->int:        # 1 where a record could not be read
+    "The command `resnet-cifar info [NAME]` or `resnet-cifar info --runs [FOLDER]`."
     flags = parse_flags(InfoFlags, argv, prog='resnet-cifar info')
+    if flags.runs: return _list_runs(flags.name or 'nbs/runs')
     if flags.name is not None and flags.name.lower() not in MODELS:
         raise ValueError(f'no network {flags.name}: did you mean {difflib.get_close_matches(flags.name.lower(), MODELS, n=1, cutoff=0)[0]}? `resnet-cifar info` lists all')
     _require_range('image_size', flags.image_size, 8, 4096)
@@ -218,6 +238,7 @@ def info_command(
         for name in MODELS: line(name, rows(name)[-1], '')
     else:
         for row in rows(flags.name.lower()): line(row.name, row, ' x '.join(map(str, row.output_shape)))
+    return 0
 
 # %% ../nbs/10_cli.ipynb #BenchFlags
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +303,7 @@ COMMANDS = { # name -> function of the remaining words, one line of help
     'predict':  (predict_command, 'say what is in your own pictures'),
     'export':   (export_command, 'write a trained network as one safetensors or ONNX file'),
     'bench':    (bench_command, 'compare the speed of training here with the plain loop'),
-    'info':     (info_command, 'what the networks cost: parameters, MACs, memory'),
+    'info':     (info_command, 'what the networks cost: parameters, MACs, memory; or recorded runs and their commands'),
 }
 
 # %% ../nbs/10_cli.ipynb #main

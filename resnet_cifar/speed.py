@@ -24,7 +24,7 @@ from . import plain_loop
 from .config import TrainConfig
 from .data import CIFAR10, BatchLoader
 from .models import create_model
-from .trainer import _kernels, machine_name, package_versions, pick_device
+from .trainer import _kernels, _threads, machine_name, package_versions, pick_device
 from .training import compile_model, make_optimizer, pick_precision, train_epoch
 
 # %% ../nbs/09_speed.ipynb #Timing
@@ -215,7 +215,7 @@ def bench(
     if available < 1: raise ValueError(f'--batch_size {batch_size}: there are only {len(dataset.train_labels)} images, two batches are needed')
     precision = pick_precision(precision, torch.device(device))
     with _kernels(deterministic=False):
-        machine = f'{machine_name(device)}, {torch.get_num_threads()} threads'
+        machine = f'{machine_name(device)}, {_threads()}'
         sides, steps = _steps(model_name, batch_size, dataset, device, precision, compile, seconds/2)
         fastest = min(list(sides)[1:], key=lambda name: steps[name].median)
         plain, ours = steps['plain loop'].median, steps[fastest].median

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'resolve', 'load_or_fetch', 'make_loaders', 'expected_seconds', 'describe', 'machine_name',
-           'package_versions', 'RunFolder', 'TensorBoard', 'RunResult', 'run', 'command_of', 'clean_checkout',
-           'write_record', 'train', 'main']
+           'package_versions', 'RunFolder', 'TensorBoard', 'RunResult', 'run', 'clean_checkout', 'write_record',
+           'train', 'main']
 
 # %% ../nbs/07_trainer.ipynb #imports-export
 import atexit
@@ -40,10 +40,10 @@ from torch import nn
 
 import resnet_cifar
 from .checkpoint import Checkpointer, _advance, _model_of, load_checkpoint, replacing, require_room, restore, save_checkpoint, state_digest
-from .config import TrainConfig, TrainFlags, parse_args
+from .config import TrainConfig, TrainFlags, command_of, parse_args
 from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, normalize, split_train_valid
 from .fetch import Stopped, _exit_code, _require_writable, download_cifar10, locked, on_signal, one_line_errors
-from .models import _REGISTRY, create_model, summary, whiten_stem, widen
+from .models import create_model, summary, whiten_stem, widen
 from .training import BY_BATCH, EMA, Callback, TrainState, evaluate, fit, lr_plan, new_state, pick_precision, plot_history, train_step
 
 # %% ../nbs/07_trainer.ipynb #pick_device
@@ -56,6 +56,13 @@ def pick_device(
     if not there[device]: raise ValueError(f'--device {device}: there is none here; --device auto takes what there is')
     return torch.device(device)
 
+# %% ../nbs/07_trainer.ipynb #_network
+def _given(config): return {name: value for name in ('shortcut', 'stem') if (value := getattr(config, name))!='auto'}
+
+def _network(config, width):
+    "The network that the settings name, with random weights."
+    return create_model(config.model_name, num_classes=len(CLASSES), width=width, **_given(config))
+
 # %% ../nbs/07_trainer.ipynb #resolve
 def resolve(
     config:TrainConfig, # with 'auto' where the machine is to decide
@@ -65,8 +72,11 @@ def resolve(
     precision, pin_memory = pick_precision(config.precision, device), config.pin_memory
     if pin_memory: print('--pin_memory: ' + ('there is no GPU, so it is not used' if device.type!='cuda' else 'the data are on the GPU, so it is not used'))
     if device.type!='cpu' and config.num_workers: print(f'--num_workers {config.num_workers}: the data are on the GPU, so background processes are not used')
-    if config.narrow_epochs and _REGISTRY[config.model_name].get('shortcut')=='A': raise ValueError(f'--narrow_epochs {config.narrow_epochs:g}: {config.model_name} has shortcuts of option A, with which a network cannot be widened; 0 is for a run that is wide from the start')
-    return dataclasses.replace(config, device=device.type, precision=precision, width=config.width or _REGISTRY[config.model_name]['width'])
+    try:
+        with torch.device('meta'): architecture = _network(config, config.width).architecture # costs nothing
+    except ValueError as e: raise ValueError(f'--model_name {config.model_name} --shortcut {config.shortcut} --stem {config.stem}: {e}') from None
+    if config.narrow_epochs and architecture['shortcut']=='A': raise ValueError(f'--narrow_epochs {config.narrow_epochs:g}: {config.model_name} has shortcuts of option A, with which a network cannot be widened; 0 is for a run that is wide from the start')
+    return dataclasses.replace(config, device=device.type, precision=precision, width=architecture['width'])
 
 # %% ../nbs/07_trainer.ipynb #load_or_fetch
 def load_or_fetch(
@@ -139,7 +149,8 @@ def describe(
     if model.architecture['width']!=config.width: parts = [(model, finished, max(finished, config.narrow_epochs)), (_wide(model, config), max(finished, config.narrow_epochs), config.num_epochs)]
     total, plan = summary(parts[-1][0])[-1], lr_plan(config, len(train))
     narrow = f'; half as wide for {config.narrow_epochs:g} epochs' if len(parts) > 1 else ''
-    print(f'model        {config.model_name}, width {config.width}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image{narrow}')
+    given = ''.join(f', {name} {value}' for name, value in _given(config).items())
+    print(f'model        {config.model_name}, width {config.width}{given}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image{narrow}')
     print(f'device       {machine_name(config.device)}, {config.precision}, {"channels_last" if config.channels_last else "contiguous"}, {_threads(ranks)}')
     print(f'data         {num_train:,} training, {num_valid:,} validation and {num_test:,} test images; {len(train):,} batches of {config.batch_size} an epoch')
     epochs = sorted({0, plan.index(max(plan)), plan.index(min(plan)), len(plan) - 1})
@@ -151,7 +162,7 @@ def describe(
     print(f'expected     {"about %.0f min" % (seconds/60) if seconds > 90 else "about %.0f s" % seconds}' + (', and the time to compile' if config.compile else ''), flush=True)
 
 # %% ../nbs/07_trainer.ipynb #machine_name
-def _threads(ranks): return f'{torch.get_num_threads()} threads' + (f' in each of {ranks} processes' if ranks > 1 else '')
+def _threads(ranks=1): return f'{(n := torch.get_num_threads())} thread{"s" if n > 1 else ""}' + (f' in each of {ranks} processes' if ranks > 1 else '')
 
 def machine_name(
     device:str, # 'cpu', 'cuda' or 'mps'
@@ -159,8 +170,13 @@ def machine_name(
     "What computes."
     if device=='cuda': return torch.cuda.get_device_name()
     if device=='mps': return f'{platform.machine()} GPU'
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    return f'{capabilities.get("cpu_name") or platform.processor() or platform.machine()} CPU'
+    return f'{_capabilities().get("cpu_name") or platform.processor() or platform.machine()} CPU'
+
+def _capabilities(): return torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+
+def _kind_of_processor():
+    "Its instruction sets and caches in one line: processors of one name may have others, and compute other bits."
+    return ' '.join(sorted(name if value is True else f'{name}={value}' for name, value in _capabilities().items() if value))
 
 # %% ../nbs/07_trainer.ipynb #package_versions
 def package_versions()->dict: # name -> version
@@ -461,7 +477,7 @@ def _test(config, loaders, state, seconds, ranks):
 _RUN_FILES = ('result.json', 'previous.ckpt', 'last.ckpt', 'best.ckpt', 'history.csv', 'curves.png', 'config.json') # in the order in which an old run is removed: killed at any point, it is whole or gone
 _PLACES = ('root', 'ckpt_dir', 'num_workers', 'pin_memory', 'skip_checksum')
 _FREE = (*_PLACES, 'tta', 'limit_test')                        # these change nothing that a run has computed so far
-_FIXED = ('model_name', 'width', 'narrow_epochs', 'whiten', 'optimizer', 'lr_scheduler', 'valid_size') # what a checkpoint holds, and what its best epoch was chosen on
+_FIXED = ('model_name', 'width', 'shortcut', 'stem', 'narrow_epochs', 'whiten', 'optimizer', 'nesterov', 'norm_weight_decay', 'lr_scheduler', 'valid_size') # what a checkpoint holds, and what its best epoch was chosen on
 _BATCHES = ('batch_size', 'random_seed', 'limit_train', 'image_sizes', 'transform', 'crop_padding', 'alternating_flips') # an epoch that has begun is made of these
 _PLAN = ('lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'limit_train')
 
@@ -645,7 +661,7 @@ def _new_run(config, train, callbacks, saved):
     narrow = config.narrow_epochs and (saved is None or (saved.get('architecture') or {}).get('width')!=config.width)
     with torch.random.fork_rng(devices=[]): # the weights depend on the seed, and nobody else's draws do
         torch.manual_seed(config.random_seed)
-        model = create_model(config.model_name, num_classes=len(CLASSES), width=config.width//2 if narrow else config.width).to(config.device)
+        model = _network(config, config.width//2 if narrow else config.width).to(config.device)
     if config.whiten: whiten_stem(model, normalize(train.dataset.images[:1000])) # a thousand pictures are nearly a million patches
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     return new_state(model, config, len(train)), [*([EMA(config.ema_decay)] if config.ema_decay else []), *callbacks]
@@ -715,19 +731,6 @@ def _train_and_test(config, loaders, state, kept, seconds, ranks):
             steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None and state.progress.losses else ''
             raise Stopped(stop.number or signal.SIGINT, f'stopped; {folder} holds {state.epoch} finished epochs{steps}: --resume auto goes on') from None
 
-# %% ../nbs/07_trainer.ipynb #command_of
-def command_of(
-    config:TrainConfig, # of a run
-    ranks:int=1,        # processes that made it
-)->str:                 # a line for a terminal
-    "The command that makes a run again: every setting that differs from the defaults, without paths."
-    words, defaults = ['resnet-cifar train' if ranks==1 else f'torchrun --nproc_per_node {ranks} -m resnet_cifar.trainer'], dataclasses.asdict(TrainConfig())
-    for name, value in dataclasses.asdict(config).items():
-        if value==defaults[name] or name in ('root', 'ckpt_dir'): continue
-        if isinstance(value, bool): words.append(f'--{name}' if value else f'--no_{name}')
-        else: words.append(f'--{name} ' + (' '.join(map(str, value)) if isinstance(value, tuple) else str(value)))
-    return ' '.join(words)
-
 # %% ../nbs/07_trainer.ipynb #clean_checkout
 def _git(*words):
     "What git says about the checkout that this package lies in; not in a checkout is a `ValueError`."
@@ -742,7 +745,7 @@ def clean_checkout(
     package, begun = Path(resnet_cifar.__file__).parent, Path(config.ckpt_dir)/'config.json'
     top = Path(_git('rev-parse', '--show-toplevel'))
     if package!=top/'resnet_cifar': raise ValueError('--record: the package that runs is not the one in the checkout; install it with pip install -e .')
-    changed = _git('status', '--porcelain')
+    changed = _git('status', '--porcelain', '-uall', '--', ':(top)', ':(top,exclude)nbs/runs') # other records may wait to be committed
     if changed: raise ValueError(f'--record: the tree is not clean ({changed.splitlines()[0].strip()}): commit first')
     before = _read_json(begun) if begun.exists() and not overwrite else None
     if before is not None and before.get('sources')!=_sources(): raise ValueError(f'--record: the run in {config.ckpt_dir} was begun by other code: give --overwrite')
@@ -757,13 +760,13 @@ def write_record(
     result:RunResult,   # its result
     checkout:dict,      # from `clean_checkout`, before the run
 )->Path:                # the record, named after the run folder
-    "Settings, history and result in one JSON, with commit and sources' checksum, without paths or host names."
+    "Settings, history and result in one JSON, with kind of processor, commit and sources' checksum, without paths or host names."
     folder = Path(config.ckpt_dir)
     settings = {k: v for k, v in _read_json(folder/'config.json').items() if k not in ('root', 'ckpt_dir', 'sources')}
     path = checkout['runs']/f'{folder.name}.json'
     path.parent.mkdir(exist_ok=True)
     _write_json(path, dict(command=command_of(config, settings.get('processes', 1)), config=settings, history=load_checkpoint(folder/'last.ckpt')['history'],
-                           result=dataclasses.asdict(result), commit=checkout['commit'], sources=checkout['sources']))
+                           result=dataclasses.asdict(result), processor=_kind_of_processor(), commit=checkout['commit'], sources=checkout['sources']))
     return path
 
 # %% ../nbs/07_trainer.ipynb #train

@@ -286,16 +286,18 @@ class Muon(torch.optim.Optimizer):
 # %% ../nbs/05_training.ipynb #make_optimizer
 def make_optimizer(
     model:nn.Module,    # its parameters are optimized
-    config:TrainConfig, # `optimizer`, `lr`, `momentum`, `weight_decay`
+    config:TrainConfig, # `optimizer`, `lr`, `momentum`, `nesterov`, `weight_decay`, `norm_weight_decay`
 )->torch.optim.Optimizer:
-    "The optimizer that the settings name."
+    "The optimizer that the settings name. Without `norm_weight_decay`, what has one dimension (batch norms, biases) is not decayed."
+    params = list(model.parameters())
+    if not config.norm_weight_decay: params = [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
     fused = all(p.device.type in ('cpu', 'cuda', 'mps') for p in model.parameters())
     common = dict(lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     if config.optimizer=='Muon':
         dtype = torch.bfloat16 if pick_precision(config.precision, next(model.parameters()).device)=='bf16' else torch.float32
-        return Muon(model.parameters(), config.lr, config.momentum, config.weight_decay, dtype=dtype)
-    if config.optimizer=='SGD': return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.momentum > 0, **common)
-    return {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW}[config.optimizer](model.parameters(), **common)
+        return Muon(params, config.lr, config.momentum, config.weight_decay, dtype=dtype)
+    if config.optimizer=='SGD': return torch.optim.SGD(params, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, **common)
+    return {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW}[config.optimizer](params, **common)
 
 # %% ../nbs/05_training.ipynb #make_scheduler
 BY_BATCH = ('OneCycleLR', 'LinearWarmupCosine') # these are stepped after each batch, the others after each epoch

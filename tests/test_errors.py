@@ -34,6 +34,9 @@ BAD = [ # words, exit code, what the line must say
     ((*TRAIN, '--ckpt_dir', 'a_file'), 2, 'is a file'),
     ((*TRAIN, '--resume', 'nowhere'), 2, '--resume nowhere'),
     (('resnet_cifar.trainer', '--momentum', '2'), 2, '--momentum 2.0'),
+    ((*TRAIN, '--shortcut', 'D'), 2, '--shortcut D: did you mean'),
+    ((*TRAIN, '--shortcut', 'B', '--model_name', 'plain20'), 2, '--shortcut B: plain20 has no shortcuts; leave it out, or take resnet20'),
+    ((*TRAIN, '--stem', 'imagnet'), 2, '--stem imagnet: did you mean imagenet?'),
     (('resnet_cifar.fetch', '--root', 'a_file'), 2, 'is a file'),
     (('resnet_cifar.fetch', '--archive', 'nowhere.tar.gz'), 2, 'no such file'),
     (('resnet_cifar.fetch', '--archive', 'a_file'), 2, 'damaged'),
@@ -66,6 +69,9 @@ BAD = [ # words, exit code, what the line must say
     (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--format', 'onx'), 2, 'onx'),
     (('resnet_cifar', 'info', 'ResNet19'), 2, 'did you mean resnet1'),
     (('resnet_cifar', 'info', '--image_size', '2'), 2, '--image_size 2: must be at least 8'),
+    (('resnet_cifar', 'info', '--runs'), 2, '--runs nbs/runs: no such folder; the records are in nbs/runs of a checkout'),
+    (('resnet_cifar', 'info', '--runs', '.'), 2, '--runs .: holds no record of a run'),
+    (('resnet_cifar', 'info', '--run'), 2, 'did you mean --runs'),
     (('resnet_cifar', 'trian'), 2, 'did you mean train'),
 ]
 

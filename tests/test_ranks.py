@@ -152,7 +152,7 @@ def whole(cifar10_root, tmp_path_factory):
     "The run of two processes that nothing interrupts."
     folder = tmp_path_factory.mktemp('whole')
     out, said, _ = ended(launch(words(cifar10_root, folder)), 0)
-    assert said==[] and out.count('test accuracy')==out.count('expected')==1 and re.search('^device .* 1 threads in each of 2 processes$', out, re.M), (out, said)
+    assert said==[] and out.count('test accuracy')==out.count('expected')==1 and re.search('^device .* 1 thread in each of 2 processes$', out, re.M), (out, said)
     assert json.loads((folder/'config.json').read_text())['processes']==2
     return folder
 
