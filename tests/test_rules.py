@@ -47,6 +47,15 @@ def test_readme_is_in_sync():
     assert markdown(index)==(ROOT/'README.md').read_text(encoding='utf-8'), 'README.md is not what index.ipynb makes: make export'
 
 
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem!='index'], ids=lambda p: p.stem)
+def test_import_cells_hold_imports_only(path):
+    "nbdev executes every cell that imports something when it builds the site."
+    for cell in cells(path):
+        if cell['cell_type']!='code': continue
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source(cell)).body}
+        assert kinds!={True, False}, cell['id']
+
+
 def imported_chapters(code):
     "Names of our modules that a piece of code imports, in any spelling."
     for node in ast.walk(ast.parse(code)):
