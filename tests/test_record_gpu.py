@@ -1,0 +1,42 @@
+"The recording of all sizes, in small: real runs on the processor, in pieces, planned by speeds that are made up."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from record_gpu import NETWORKS, RUNS, choose_epochs, pixels_share
+from resnet_cifar.config import read_record
+
+
+def test_choose_epochs():
+    "At 50,000 images a second an epoch of all six runs takes 6 s. The recipe has 5 epochs at 16 pixels and 8 at 24: 5/4 + 8*9/16 = 5.75; four more make 9.75 of the 10 that fit into a minute."
+    assert pixels_share(13, (16,)*5 + (24,)*8 + (32,))==5.75
+    assert choose_epochs(dict.fromkeys(NETWORKS, 50_000), 1)==17
+    with pytest.raises(SystemExit, match='allow'): choose_epochs(dict.fromkeys(NETWORKS, 50_000), 0.01)
+
+
+def test_in_pieces(cifar10_root, tmp_path):
+    checkout = tmp_path/'checkout'
+    for name in ('resnet_cifar', 'tests'): shutil.copytree(ROOT/name, checkout/name, ignore=shutil.ignore_patterns('__pycache__'))
+    (checkout/'.gitignore').write_text('__pycache__\n/checkpoints/\n')
+    runs = checkout/'nbs'/'runs'
+    runs.mkdir(parents=True)
+    for name in NETWORKS: (runs/f'gpu-bench-{name}.json').write_text(json.dumps(dict(images_per_second=50_000)))
+    for words in (['init', '-q'], ['add', '-A'], ['commit', '-qm', 'all']): subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x', *words], cwd=checkout, check=True)
+
+    def piece(minutes):
+        words = ['--root', cifar10_root, '--minutes', '0.04', '--piece', minutes, '--width', '4', '--limit_train', '500', '--limit_test', '100', '--device', 'cpu', '--precision', 'fp32']
+        return subprocess.run([sys.executable, checkout/'tests'/'record_gpu.py', *map(str, words)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(checkout)))
+    first = piece(0.2)
+    assert first.returncode==1 and re.fullmatch(r'stopped within gpu-resnet\d+-\d; the same command goes on\n', first.stderr), first.stderr
+    assert 'epochs' in first.stdout.splitlines()[0]
+    last = piece(10)
+    assert (last.returncode, last.stderr, last.stdout.splitlines()[-1])==(0, '', 'all runs are recorded in nbs/runs')
+    records = {(name, seed): read_record(runs/f'gpu-{name}-{seed}.json') for name, seed in RUNS}
+    assert {key: (r['config'].model_name, r['config'].random_seed, r['config'].num_epochs, r['result']['tested']) for key, r in records.items()}=={(name, seed): (name, seed, 1, 'last') for name, seed in RUNS}
+    assert piece(10).stdout.splitlines()[-1]=='all runs are recorded in nbs/runs' # nothing is left to do
