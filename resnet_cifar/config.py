@@ -207,6 +207,7 @@ def read_record(
     except (OSError, ValueError) as e: raise ValueError(f'{path}: cannot be read ({e})') from None
     settings, result = (record.get(name) if isinstance(record, dict) else None for name in ('config', 'result'))
     right = isinstance(settings, dict) and isinstance(result, dict) and {'command', 'history', 'commit', 'sources'} <= record.keys() and {'test_accuracy', 'seconds', 'machine', 'versions'} <= result.keys()
+    right = right and isinstance(record['commit'], str) and isinstance(result['versions'], dict) and 'torch' in result['versions'] and all(isinstance(result[name], (int, float)) for name in ('test_accuracy', 'seconds'))
     if not right: raise ValueError(f'{path}: is no record of a run')
     settings = dict(settings)
     machine = dict(threads=settings.pop('threads', None), processes=settings.pop('processes', 1))
@@ -219,5 +220,5 @@ def record_paths(
     def meant(path):
         try: content = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError): return True
-        return isinstance(content, dict) and 'history' in content
+        return isinstance(content, dict) and ('history' in content or 'config' in content)
     return [path for path in sorted(Path(folder).glob('*.json')) if meant(path)]

@@ -763,6 +763,7 @@ def write_record(
     "Settings, history and result in one JSON, with kind of processor, commit and sources' checksum, without paths or host names."
     folder = Path(config.ckpt_dir)
     settings = {k: v for k, v in _read_json(folder/'config.json').items() if k not in ('root', 'ckpt_dir', 'sources')}
+    if settings.get('changed'): raise ValueError(f'--record: the run in {folder} is finished, but not recorded, as no command gives it again ({settings["changed"][0]})')
     path = checkout['runs']/f'{folder.name}.json'
     path.parent.mkdir(exist_ok=True)
     _write_json(path, dict(command=command_of(config, settings.get('processes', 1)), config=settings, history=load_checkpoint(folder/'last.ckpt')['history'],

@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+if sys.version_info < (3, 11): sys.exit('error: smalldocs, which renders the site, needs Python 3.11 or newer')
+
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -36,23 +38,24 @@ def rename(folder:Path)->None:
         os.utime(new, (seconds, seconds))
 
 
-def settings(folder:Path)->None:
-    "The site's settings, with what only this build needs: the API's pages, and the address where settings.ini names one."
+def settings(folder:Path)->str:
+    "Write the site's settings, with what only this build needs: the API's pages, and the address where settings.ini names one; the path below which the site stands."
     given = configparser.ConfigParser(interpolation=None, delimiters=['='])
     given.read(ROOT/'settings.ini', encoding='utf-8')
-    host, base, git = (given['DEFAULT'][name] for name in ('doc_host', 'doc_baseurl', 'git_url'))
+    host, base, git, branch = (given['DEFAULT'][name] for name in ('doc_host', 'doc_baseurl', 'git_url', 'branch'))
     config = yaml.safe_load(page_name((ROOT/'_quarto.yml').read_text(encoding='utf-8')))
     config['project']['output-dir'] = '_docs'
     del config['execute'] # smalldocs runs nothing
     if host: config['website']['site-url'] = host.rstrip('/') + base
     modules = [page_name(path.name).removesuffix('.ipynb') for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))]
     config['website']['sidebar']['contents'].append(dict(section='API', contents=[f'api/{name}.md' for name in modules]))
-    config['smalldocs'] = dict(api=dict(packages=['resnet_cifar'], out='api', root=str(ROOT), **(dict(source=f'{git}/blob/main') if git else {})))
+    config['smalldocs'] = dict(api=dict(packages=['resnet_cifar'], out='api', root=str(ROOT), **(dict(source=f'{git}/blob/{branch}') if git else {})))
     (folder/'_quarto.yml').write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding='utf-8')
+    return base
 
 
-def keep_local(folder:Path)->None:
-    "KaTeX from the site itself, fonts from the reader's system; an address of another host that a page would load is an error."
+def keep_local(folder:Path, base:str)->None:
+    "KaTeX from the site itself, fonts from the reader's system; where a page would load anything from another host all the same, that is an error."
     shutil.copytree(ROOT/'nbs'/'katex', folder/'site_libs'/'katex')
     for path in folder.glob('**/*.css'):
         path.write_text(re.sub(r'@import\s*url\([^)]*\);?', '', path.read_text(encoding='utf-8')), encoding='utf-8')
@@ -60,6 +63,8 @@ def keep_local(folder:Path)->None:
         text, up = path.read_text(encoding='utf-8'), '../'*(len(path.relative_to(folder).parts) - 1)
         text = text.replace(f'{KATEX}/contrib/', f'{up}site_libs/katex/').replace(KATEX, f'{up}site_libs/katex')
         text = re.sub(r'<pre\b(?![^>]*tabindex)', '<pre tabindex="0"', text) # what scrolls sideways can be scrolled with the keyboard
+        if path.name=='404.html': text = text.replace('<head>', f'<head><base href="{base}">', 1) # shown in place of pages in any folder
+        if load := re.search(r'<(?:script|img|iframe)[^>]*\bsrc="https?:[^"]*"|<link[^>]*rel="(?:stylesheet|preload|icon)"[^>]*href="https?:[^"]*"', text): sys.exit(f'error: {path.name} would load {load[0]}')
         path.write_text(text, encoding='utf-8')
 
 
@@ -71,11 +76,11 @@ def build()->None:
     proc_nbs(n_workers=2)
     for name in ('favicon.svg', '404.md', 'site.css'): shutil.copy2(ROOT/'nbs'/name, PROC/name)
     rename(PROC)
-    settings(PROC)
+    base = settings(PROC)
     site = render(PROC, quiet=True)
     if site.warnings: sys.exit('\n'.join(map(str, site.warnings)))
     shutil.move(PROC/'_docs', OUT)
-    keep_local(OUT)
+    keep_local(OUT, base)
     print(f'{sum(1 for _ in OUT.glob("**/*.html"))} pages in {OUT.name}')
 
 

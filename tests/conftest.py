@@ -2,6 +2,7 @@
 import io
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,17 @@ import pytest
 from run_notebooks import NO_WARNINGS
 
 ROOT = Path(__file__).parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+CHROMIUM_FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
+collect_ignore = ['test_site.py'] if sys.version_info < (3, 11) else [] # what renders the site needs 3.11
 signal.signal(signal.SIGINT, signal.default_int_handler) # in a shell's background it is ignored, and would be in every program that the tests start
+
+
+@pytest.fixture(autouse=True, scope='session')
+def git_of_its_own():
+    "Tests that make a repository do not take the settings of whoever runs them, nor the repository whose hook runs them."
+    os.environ.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM='1')
+    for name in ('GIT_DIR', 'GIT_INDEX_FILE', 'GIT_WORK_TREE'): os.environ.pop(name, None)
 
 
 @pytest.fixture(scope='session')

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from resnet_cifar.config import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -18,11 +20,12 @@ def stopped_after(words:list, seconds:float)->bool:
     "Run `python -m resnet_cifar …`; when the time is over, ask it to save and stop. Whether it had to."
     process = subprocess.Popen([sys.executable, '-m', 'resnet_cifar', *map(str, words)], cwd=ROOT)
     try: code = process.wait(max(seconds, 0))
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        code = process.wait()
-        if code in (143, -signal.SIGTERM): return True # the latter before it could listen
-    if code: sys.exit(code)
+    except subprocess.TimeoutExpired: code = None
+    finally: # when this program is stopped too
+        if process.poll() is None: process.terminate()
+        process.wait()
+    if code is None and process.returncode in (143, -signal.SIGTERM): return True # the latter before it could listen
+    if process.returncode: sys.exit(f'error: ended with {process.returncode}: {" ".join(map(str, words))}')
     return False
 
 
@@ -41,14 +44,16 @@ def choose_epochs(images_per_second:dict, minutes:float)->int:
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--minutes', type=float, default=14., help='of all trainings together (default: %(default)s)')
+    parser.add_argument('--minutes', type=float, default=14., help='of all trainings together, by the speed of SGD\'s steps; Muon\'s take a little longer (default: %(default)s)')
     parser.add_argument('--piece', type=float, default=8.5, help='minutes after which this call stops (default: %(default)s)')
     parser.add_argument('--root', default='data/datasets', help='folder of the data')
     known, more = parser.parse_known_args() # the rest goes to each training
+    if '--device' not in more and not torch.cuda.is_available(): sys.exit('error: no CUDA GPU here; --device cpu tries it without')
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     end, runs = time.monotonic() + 60*known.piece, ROOT/'nbs'/'runs'
     for name in NETWORKS:
         path = runs/f'gpu-bench-{name}.json'
-        if not path.exists() and stopped_after(['bench', '--model_name', name, '--batch_size', RECIPES['best'].batch_size, '--root', known.root, '--json', path], end - time.monotonic()):
+        if not path.exists() and stopped_after(['bench', '--model_name', name, '--batch_size', RECIPES['best'].batch_size, '--root', known.root, '--no_compile', '--json', path], end - time.monotonic()):
             sys.exit(f'stopped: {path.name} is not measured yet; the same command goes on')
     epochs = choose_epochs({name: json.loads((runs/f'gpu-bench-{name}.json').read_text())['images_per_second'] for name in NETWORKS}, known.minutes)
     print(f'{epochs} epochs', flush=True)

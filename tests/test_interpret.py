@@ -354,9 +354,6 @@ def test_files_are_read_a_batch_at_a_time(monkeypatch, tmp_path):
 
 # --- the report ---
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-
-
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
     sample = sample_cifar10()
@@ -371,7 +368,7 @@ def report(tmp_path_factory):
 def test_report_in_a_browser(report, scheme, width):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
         page = browser.new_page(viewport=dict(width=width, height=844), color_scheme=scheme)
         asked, said = [], []
         page.on('request', lambda request: asked.append(request.url))

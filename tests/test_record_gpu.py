@@ -1,7 +1,6 @@
 "The recording of all sizes, in small: real runs on the processor, in pieces, planned by speeds that are made up."
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -32,11 +31,11 @@ def test_in_pieces(cifar10_root, tmp_path):
     def piece(minutes):
         words = ['--root', cifar10_root, '--minutes', '0.04', '--piece', minutes, '--width', '4', '--limit_train', '500', '--limit_test', '100', '--device', 'cpu', '--precision', 'fp32']
         return subprocess.run([sys.executable, checkout/'tests'/'record_gpu.py', *map(str, words)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(checkout)))
-    first = piece(0.2)
-    assert first.returncode==1 and re.fullmatch(r'stopped within gpu-resnet\d+-\d; the same command goes on\n', first.stderr), first.stderr
-    assert 'epochs' in first.stdout.splitlines()[0]
-    last = piece(10)
+    first = piece(0)
+    assert (first.returncode, first.stderr.splitlines()[-1])==(1, 'stopped within gpu-resnet18-0; the same command goes on')
+    assert first.stdout.splitlines()[0]=='1 epochs'
+    last = piece(1000)
     assert (last.returncode, last.stderr, last.stdout.splitlines()[-1])==(0, '', 'all runs are recorded in nbs/runs')
     records = {(name, seed): read_record(runs/f'gpu-{name}-{seed}.json') for name, seed in RUNS}
     assert {key: (r['config'].model_name, r['config'].random_seed, r['config'].num_epochs, r['result']['tested']) for key, r in records.items()}=={(name, seed): (name, seed, 1, 'last') for name, seed in RUNS}
-    assert piece(10).stdout.splitlines()[-1]=='all runs are recorded in nbs/runs' # nothing is left to do
+    assert piece(1000).stdout.splitlines()[-1]=='all runs are recorded in nbs/runs' # nothing is left to do

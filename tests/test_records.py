@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from resnet_cifar.checkpoint import load_checkpoint
-from resnet_cifar.config import command_of, parse_args, read_record, record_paths
-from resnet_cifar.trainer import _kind_of_processor
+from resnet_cifar.config import TrainConfig, command_of, parse_args, read_record, record_paths
+from resnet_cifar.trainer import _kind_of_processor, write_record
 
 NBS = Path(__file__).parent.parent/'nbs'
 RECORDS = record_paths(NBS/'runs')
-FIGURES = { # (notebook, cell) -> a record that its figure is made of
-    ('07_trainer', 'run-figure'): 'quick', ('09_speed', 'ranks-figure'): 'ranks-1-seed-0', ('tutorials/speedrun', 'figure'): 'speedrun',
-    ('tutorials/results', 'depth-figure'): 'depth-plain20', ('tutorials/results', 'parts-figure'): 'part-all-0',
+FIGURES = { # (notebook, cell) -> the records that its figure is made of, and how many there are of each setting
+    ('07_trainer', 'run-figure'): ('quick', 1), ('09_speed', 'ranks-figure'): ('ranks-*', 3), ('tutorials/speedrun', 'figure'): ('speedrun', 1),
+    ('tutorials/results', 'depth-figure'): ('depth-*', 1), ('tutorials/results', 'parts-figure'): ('part-*', 5),
 }
 
 
@@ -45,11 +45,13 @@ def test_captions_name_n_machine_and_versions():
     "Of figures that are made of records, as the records say it."
     captions = {(str(path.relative_to(NBS).with_suffix('')), cell['id']): found[1] for path in NBS.glob('**/*.ipynb') if '.ipynb_checkpoints' not in path.parts
                 for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] if (found := re.search(r'^#\| fig-cap: (.*)', ''.join(cell['source']), re.M))}
-    for place, name in FIGURES.items():
-        record = read_record(NBS/'runs'/f'{name}.json')
-        machine, versions = record['result']['machine'], record['result']['versions']
-        for said in (machine, record['config'].precision, f"Python {versions['python']}", f"torch {versions['torch']}"): assert said in captions[place], place
-        assert re.search(r'\bn = \d', captions[place]), place
+    for place, (names, n) in FIGURES.items():
+        records = [read_record(path) for path in (NBS/'runs').glob(f'{names}.json')]
+        assert len(records) >= n and f'n = {n}' in captions[place], place
+        for record in records:
+            versions = record['result']['versions']
+            for said in (record['config'].precision, f"Python {versions['python']}", f"torch {versions['torch']}"): assert said in captions[place], place
+            assert record['processes'] > 1 or record['result']['machine'] in captions[place], place
     assert {place for place in captions if place[0] in ('tutorials/results', 'tutorials/speedrun')} <= set(FIGURES)
 
 
@@ -66,6 +68,21 @@ def test_a_record_whose_settings_no_longer_parse_is_refused(command, tmp_path):
     said, words = done.stdout.splitlines()
     assert said.startswith('whole: test accuracy ') and words.startswith('  OMP_NUM_THREADS=')
     assert settings_of(words)==dataclasses.asdict(read_record(RECORDS[0])['config']) | dict(ckpt_dir='checkpoints/whole')
+
+
+def test_what_is_no_record(tmp_path):
+    whole = json.loads(RECORDS[0].read_text())
+    for name, change in dict(commit=dict(commit=None), versions=dict(result=whole['result'] | dict(versions={})), seconds=dict(result=whole['result'] | dict(seconds='9'))).items():
+        (tmp_path/f'{name}.json').write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=f'{name}.json: is no record of a run'): read_record(tmp_path/f'{name}.json')
+    (tmp_path/'cut.json').write_text(json.dumps({name: value for name, value in whole.items() if name!='history'}))
+    (tmp_path/'bench.json').write_text('{"model_name": "resnet18"}')
+    assert [path.name for path in record_paths(tmp_path)]==['commit.json', 'cut.json', 'seconds.json', 'versions.json'] # damaged ones are told of, other measurements are not
+
+
+def test_a_run_whose_precision_changed_on_the_way_is_not_recorded(tmp_path):
+    (tmp_path/'config.json').write_text(json.dumps(dict(changed=['precision: was bf16, is fp32'])))
+    with pytest.raises(ValueError, match='not recorded.*precision: was bf16'): write_record(TrainConfig(ckpt_dir=str(tmp_path)), None, {})
 
 
 def test_recording(command, cifar10_root, tmp_path):
