@@ -204,7 +204,7 @@ class InfoFlags:
 def _list_runs(folder):
     "Print what came out of the recorded runs of a folder, and the command for each; the exit code is 1 where one could not be read."
     paths, failed = record_paths(folder), False
-    if not paths: raise FileNotFoundError(f'--runs {folder}: {"holds no record of a run" if Path(folder).is_dir() else "no such folder"}; the records are in nbs/runs of a checkout')
+    if not paths: raise FileNotFoundError(f'--runs {folder}: {"holds no record of a run" if Path(folder).is_dir() else "is a file, not a folder" if Path(folder).exists() else "no such folder"}; the records are in nbs/runs of a checkout')
     for path in paths:
         try: record = read_record(path)
         except ValueError as e:
