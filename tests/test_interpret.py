@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CHROMIUM, CHROMIUM_FLAGS
 import torch
 import torch.nn.functional as F
 from PIL import Image
