@@ -13,7 +13,6 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PROC, OUT = ROOT/'_proc', ROOT/'_docs'
-KATEX = 'https://cdn.jsdelivr.net/npm/katex@0.16.11/dist' # what pages would load from another host
 
 
 def page_name(name:str)->str:
@@ -56,6 +55,7 @@ def settings(folder:Path)->str:
 
 def keep_local(folder:Path, base:str)->None:
     "KaTeX from the site itself, fonts from the reader's system; where a page would load anything from another host all the same, that is an error."
+    from smalldocs.layout import KATEX # the address on another host that pages would load it from
     shutil.copytree(ROOT/'nbs'/'katex', folder/'site_libs'/'katex')
     for path in folder.glob('**/*.css'):
         path.write_text(re.sub(r'@import\s*url\([^)]*\);?', '', path.read_text(encoding='utf-8')), encoding='utf-8')
