@@ -251,6 +251,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'resnet_cifar.models._likely_architectures': ( 'models.html#_likely_architectures',
                                                                                     'resnet_cifar/models.py'),
                                      'resnet_cifar.models._plain_key': ('models.html#_plain_key', 'resnet_cifar/models.py'),
+                                     'resnet_cifar.models._shipped': ('models.html#_shipped', 'resnet_cifar/models.py'),
                                      'resnet_cifar.models._stage': ('models.html#_stage', 'resnet_cifar/models.py'),
                                      'resnet_cifar.models._stem': ('models.html#_stem', 'resnet_cifar/models.py'),
                                      'resnet_cifar.models._tensors': ('models.html#_tensors', 'resnet_cifar/models.py'),

@@ -465,8 +465,8 @@ def _stop(number, frame): raise Stopped(number)
 
 @contextlib.contextmanager
 def on_signal(
-    handle:Callable,                                  # of the signal's number and the frame
-    numbers:tuple=(signal.SIGINT, signal.SIGTERM),
+    handle:Callable,                               # of the signal's number and the frame
+    numbers:tuple=(signal.SIGINT, signal.SIGTERM), # which signals; in other threads than the main one none can be caught, and none is
 )->Iterator[None]:
     "Handle signals while the block runs; in a thread that gets none, change nothing."
     if threading.current_thread() is not threading.main_thread(): numbers = ()

@@ -399,7 +399,7 @@ def plot_corruptions(
 # %% ../nbs/08_interpret.ipynb #predict_files
 class Answer(NamedTuple):
     "What a network says of one file."
-    path: Path
+    path: Path                 # as it was given
     image: Tensor|None         # uint8 (3, size, size), what the network saw; `None` where the file could not be read
     probabilities: Tensor|None # float32 (classes,), on the CPU
     error: str|None            # why the file could not be read

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+import resnet_cifar
 from .blocks import BasicBlock, Bottleneck, PoolBlock, conv3x3, init_weights
 
 # %% ../nbs/01_models.ipynb #_stage
@@ -106,13 +107,20 @@ def list_models()->list[str]: # names that `create_model` takes
 # %% ../nbs/01_models.ipynb #Source
 Source = str|os.PathLike|Mapping # of weights: a file, or what was in one
 
+# %% ../nbs/01_models.ipynb #_shipped
+def _shipped(name):
+    "The file of trained weights that comes with the package."
+    folder = Path(resnet_cifar.__file__).parent/'weights'
+    if (path := folder/f'{name}.safetensors').exists(): return path
+    raise ValueError(f"weights='DEFAULT': the package brings weights for {', '.join(sorted(path.stem for path in folder.glob('*.safetensors')))}, not for {name}")
+
 # %% ../nbs/01_models.ipynb #create_model
 def create_model(
     name:str,           # a name from `list_models()`, in any mixture of capitals: 'ResNet18' or 'resnet18'; others raise `ValueError`
     num_classes:int=10, # length of the logits
     *,
     width:int|None=None, # channels of the first stage; left out: the network's own, 64, or 16 for 20 … 110 layers, 80 for 8
-    weights:Source|None=None, # a file or a state dict for `load_weights`; left out: random weights
+    weights:Source|None=None, # a file or a state dict for `load_weights`; 'DEFAULT': those that come with the package, where it has some; left out: random weights
     **kwargs,           # passed on to `ResNet`: `shortcut`, `stem`, `zero_init_residual`
 )->ResNet:
     "Build a network by its name."
@@ -122,13 +130,14 @@ def create_model(
         raise ValueError(f'unknown model {name!r}: did you mean {nearest[0]!r}? Known are {", ".join(_REGISTRY)}')
     if width is not None: kwargs['width'] = width
     model = ResNet(num_classes=num_classes, **(_REGISTRY[key] | kwargs))
+    if isinstance(weights, str) and weights=='DEFAULT': weights = _shipped(key)
     return model if weights is None else load_weights(model, weights)
 
 # %% ../nbs/01_models.ipynb #resnet18
 def resnet18(
     num_classes:int=10, # length of the logits
     *,
-    weights:Source|None=None, # a file or a state dict, see `load_weights`
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:              # 18 layers, 11.2 M parameters
     "ResNet-18: basic blocks (2, 2, 2, 2)."
     return create_model('resnet18', num_classes, weights=weights)
@@ -137,7 +146,7 @@ def resnet18(
 def resnet34(
     num_classes:int=10, # length of the logits
     *,
-    weights:Source|None=None, # a file or a state dict, see `load_weights`
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:              # 34 layers, 21.3 M parameters
     "ResNet-34: basic blocks (3, 4, 6, 3)."
     return create_model('resnet34', num_classes, weights=weights)
@@ -146,7 +155,7 @@ def resnet34(
 def resnet50(
     num_classes:int=10, # length of the logits
     *,
-    weights:Source|None=None, # a file or a state dict, see `load_weights`
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:              # 50 layers, 23.5 M parameters
     "ResNet-50: bottlenecks (3, 4, 6, 3)."
     return create_model('resnet50', num_classes, weights=weights)
@@ -155,7 +164,7 @@ def resnet50(
 def resnet101(
     num_classes:int=10, # length of the logits
     *,
-    weights:Source|None=None, # a file or a state dict, see `load_weights`
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:              # 101 layers, 42.5 M parameters
     "ResNet-101: bottlenecks (3, 4, 23, 3)."
     return create_model('resnet101', num_classes, weights=weights)
@@ -164,75 +173,140 @@ def resnet101(
 def resnet152(
     num_classes:int=10, # length of the logits
     *,
-    weights:Source|None=None, # a file or a state dict, see `load_weights`
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:              # 152 layers, 58.2 M parameters
     "ResNet-152: bottlenecks (3, 8, 36, 3)."
     return create_model('resnet152', num_classes, weights=weights)
 
 # %% ../nbs/01_models.ipynb #small-functions
-def resnet20(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def resnet20(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-20 of He et al. 2016, section 4.2: 3 stages of 3 basic blocks on 16, 32 and 64 channels, option A; 0.27 M parameters."
     return create_model('resnet20', num_classes, weights=weights)
 
-def resnet32(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def resnet32(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-32 of He et al. 2016, section 4.2: 3 stages of 5 basic blocks on 16, 32 and 64 channels, option A; 0.46 M parameters."
     return create_model('resnet32', num_classes, weights=weights)
 
-def resnet44(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def resnet44(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-44 of He et al. 2016, section 4.2: 3 stages of 7 basic blocks on 16, 32 and 64 channels, option A; 0.66 M parameters."
     return create_model('resnet44', num_classes, weights=weights)
 
-def resnet56(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def resnet56(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-56 of He et al. 2016, section 4.2: 3 stages of 9 basic blocks on 16, 32 and 64 channels, option A; 0.85 M parameters."
     return create_model('resnet56', num_classes, weights=weights)
 
-def resnet110(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def resnet110(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-110 of He et al. 2016, section 4.2: 3 stages of 18 basic blocks on 16, 32 and 64 channels, option A; 1.73 M parameters."
     return create_model('resnet110', num_classes, weights=weights)
 
 # %% ../nbs/01_models.ipynb #resnet8
-def resnet8(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def resnet8(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "A network for fast learning: a stem of 2x2 patches and 3 `PoolBlock`s on 80, 160 and 320 channels; 1.8 M parameters."
     return create_model('resnet8', num_classes, weights=weights)
 
 # %% ../nbs/01_models.ipynb #plain-functions
-def plain18(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain18(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-18 without shortcuts."
     return create_model('plain18', num_classes, weights=weights)
 
-def plain34(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain34(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-34 without shortcuts."
     return create_model('plain34', num_classes, weights=weights)
 
-def plain50(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain50(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-50 without shortcuts."
     return create_model('plain50', num_classes, weights=weights)
 
-def plain101(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain101(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-101 without shortcuts."
     return create_model('plain101', num_classes, weights=weights)
 
-def plain152(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain152(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-152 without shortcuts."
     return create_model('plain152', num_classes, weights=weights)
 
-def plain20(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+# %% ../nbs/01_models.ipynb #plain-small-functions
+def plain20(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-20 without shortcuts."
     return create_model('plain20', num_classes, weights=weights)
 
-def plain32(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain32(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-32 without shortcuts."
     return create_model('plain32', num_classes, weights=weights)
 
-def plain44(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain44(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-44 without shortcuts."
     return create_model('plain44', num_classes, weights=weights)
 
-def plain56(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain56(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-56 without shortcuts."
     return create_model('plain56', num_classes, weights=weights)
 
-def plain110(num_classes:int=10, *, weights:Source|None=None)->ResNet:
+def plain110(
+    num_classes:int=10, # length of the logits
+    *,
+    weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
+)->ResNet:
     "ResNet-110 without shortcuts."
     return create_model('plain110', num_classes, weights=weights)
 

@@ -201,7 +201,9 @@ class RunFolder(Callback):
         if state.history: self.write(state.history)
         else: (self.folder/'history.csv').unlink(missing_ok=True)
 
-    def write(self, history:list)->None:
+    def write(self,
+        history:list, # rows of `TrainState.history`, one at least
+    )->None:
         "Rewrite both files from the whole history."
         with replacing(self.folder/'history.csv') as temporary, open(temporary, 'w', newline='') as file:
             writer = csv.DictWriter(file, list(history[0]))
@@ -216,7 +218,9 @@ class RunFolder(Callback):
         valid = '' if row['valid_loss'] is None else f' | valid loss {row["valid_loss"]:.4f} accuracy {row["valid_accuracy"]:.4f}'
         print(f'epoch {row["epoch"]:>3} ({state.epoch}/{self.config.num_epochs}) | train loss {row["train_loss"]:.4f} accuracy {row["train_accuracy"]:.4f}{valid} | {row["seconds"]:.0f} s', flush=True)
 
-    def curves(self, history:list)->Any:
+    def curves(self,
+        history:list, # rows of `TrainState.history`
+    )->Any:           # a matplotlib `Figure`
         "The figure of `plot_history`, without a window or any global state."
         from matplotlib.figure import Figure
         figure = Figure(figsize=(10, 3), layout='constrained')
@@ -240,7 +244,9 @@ class TensorBoard(Callback):
         self.writer = SummaryWriter(self.folder)
         for row in state.history: self.write(row)
 
-    def write(self, row:dict)->None:
+    def write(self,
+        row:dict, # of `TrainState.history`
+    )->None:
         "One row of history."
         names = {'train_loss': 'loss/train', 'valid_loss': 'loss/valid', 'train_accuracy': 'accuracy/train', 'valid_accuracy': 'accuracy/valid', 'lr': 'learning rate'}
         for name, shown in names.items():

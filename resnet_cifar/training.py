@@ -101,7 +101,7 @@ def train_step(
     model:Callable,             # images -> logits (N, classes): a module in training mode, or its compiled form
     images:Tensor,              # float (N, 3, H, W)
     targets:Tensor,             # int64 (N,)
-    optimizer:torch.optim.Optimizer,
+    optimizer:torch.optim.Optimizer, # of the model's parameters
     *,
     precision:str='fp32',       # 'fp32', or 'bf16' under autocast; weights and loss are float32 in both
     label_smoothing:float=0.0,  # probability spread over all classes (Szegedy et al. 2016, arXiv:1512.00567, section 7)
@@ -136,7 +136,7 @@ class Progress:
     rights: list = field(default_factory=list) # number of right answers, likewise
     counts: list = field(default_factory=list) # number of images
     earlier: float = 0.0                       # seconds that were spent before it was broken off
-    begun: float = field(default_factory=time.monotonic)
+    begun: float = field(default_factory=time.monotonic) # on the monotonic clock, in seconds
 
     @property
     def seconds(self)->float:
@@ -153,7 +153,7 @@ class Progress:
 def train_epoch(
     model:Callable,            # as for `train_step`
     batches:Iterable,          # iterable of (images, targets) on the model's device
-    optimizer:torch.optim.Optimizer,
+    optimizer:torch.optim.Optimizer, # of the model's parameters
     *,
     scheduler:LRScheduler|None=None, # stepped after each batch
     precision:str='fp32',      # 'fp32' or 'bf16'
@@ -303,7 +303,7 @@ def make_optimizer(
 BY_BATCH = ('OneCycleLR', 'LinearWarmupCosine') # these are stepped after each batch, the others after each epoch
 
 def make_scheduler(
-    optimizer:torch.optim.Optimizer,
+    optimizer:torch.optim.Optimizer, # of the model's parameters
     config:TrainConfig,    # `lr_scheduler`, `t_max`, `pct_start`, `step_size`, `gamma`, `num_epochs`, `lr`
     steps_per_epoch:int,   # batches in an epoch
 )->LRScheduler|None:       # one of `torch.optim.lr_scheduler`; `None` for a constant rate
@@ -339,8 +339,8 @@ def lr_plan(
 @dataclass
 class TrainState:
     "Everything a run has reached: what the next epoch needs, and what the past ones left."
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: nn.Module                            # as it is trained, never wrapped
+    optimizer: torch.optim.Optimizer            # of its parameters
     scheduler: Any                              # `None` for a constant rate
     epoch: int = 0                              # finished epochs, which is the number of the next one
     history: list = field(default_factory=list) # a row (dict) for each finished epoch

@@ -1,19 +1,70 @@
-"Runs `nbdev_test` over all notebooks and adds a line that counts them."
+"Runs all notebooks as `nbdev_test` does, holds what they store to what they print now, and counts them."
+import difflib
+import math
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NO_WARNINGS = dict(PYTHONWARNINGS=','.join(f'error::DeprecationWarning:resnet_cifar.{p.stem}' for p in ROOT.glob('resnet_cifar/*.py'))) # of ours
+VOLATILE = re.compile(r'^#\|\s*volatile: true', re.M) # the cell prints what a training on this machine gave, which no other kind of machine repeats
+NUMBER = re.compile(r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?')
+
+
+def shown(outputs)->str:
+    "What a reader sees of a cell's outputs: text as it is, of a picture that there is one."
+    found = []
+    for output in outputs:
+        if output['output_type']=='stream': found.append(''.join(output['text']))
+        else: found += [kind if kind.startswith('image/') else f'{kind}: {"".join(content)}' for kind, content in sorted(output.get('data', {}).items())]
+    return '\n'.join(found)
+
+
+def same(stored:str, fresh:str, volatile:bool=False)->bool:
+    "Equal texts; a number with a point may differ by two in a hundred, or in its last digits, as another processor rounds otherwise. Volatile: as many lines."
+    if volatile: return len(stored.splitlines())==len(fresh.splitlines())
+    if NUMBER.sub('#', stored)!=NUMBER.sub('#', fresh): return False
+    return all(a==b or ('.' in a and math.isclose(float(a), float(b), rel_tol=0.02, abs_tol=2*10**-len(a.partition('.')[2]))) for a, b in zip(NUMBER.findall(stored), NUMBER.findall(fresh)))
+
+
+def check(path:Path)->bool:
+    "Run a notebook, print how many seconds that took and what is wrong with it: whether nothing is."
+    import nbdev.test
+    from nbdev.config import get_config
+    stale = []
+
+    class Shell(nbdev.test.CaptureShell):
+        def run_all(self, nb, preproc, **options):
+            def skip(cell):
+                if preproc(cell): return True
+                cell.stored, cell['outputs'] = shown(cell.get('outputs', [])), []
+            def compare(cell):
+                fresh = shown(cell.outputs)
+                if self.exc or same(cell.stored, fresh, bool(VOLATILE.search(cell.source))): return
+                stale.append(f'{path.name}, cell {cell.id}: its stored output is not what it prints; run the notebook and save it')
+                stale.extend(list(difflib.unified_diff(cell.stored.splitlines(), fresh.splitlines(), 'stored', 'fresh', lineterm='', n=0))[:20])
+            super().run_all(nb, preproc=skip, postproc=compare, **options)
+
+    nbdev.test.CaptureShell = Shell
+    passed, seconds = nbdev.test.test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    print(f'{path.name}: {seconds:.0f} s', *stale, *([] if passed else ['failed']), sep='\n')
+    return passed and not stale
+
+
+def run(path:Path)->bool:
+    "The same in a process of its own; they run side by side, with one thread each."
+    environment = os.environ | NO_WARNINGS | dict(OMP_NUM_THREADS='1', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+    done = subprocess.run([sys.executable, __file__, path], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, end='', flush=True)
+    return done.returncode==0
+
 
 if __name__=='__main__':
-    count = sum(not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts) for p in ROOT.glob('nbs/**/*.ipynb'))
-    environment = os.environ | NO_WARNINGS | dict(OMP_NUM_THREADS='1', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}') # notebooks run side by side
-    done = subprocess.run(['nbdev_test', '--timing'], cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(done.stdout, done.stderr, sep='')
-    named = re.findall(r'^\t(\S+\.ipynb)', done.stderr, re.M)
-    failed = len(named) or (count if done.returncode else 0)
-    print(f'notebooks: {count - failed} passed, {failed} failed')
-    sys.exit(done.returncode)
+    if len(sys.argv)==2: sys.exit(not check(Path(sys.argv[1]).absolute()))
+    paths = sorted((p for p in ROOT.glob('nbs/**/*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts)), reverse=True) # the long ones first
+    with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool: passed = list(pool.map(run, paths))
+    print(f'notebooks: {sum(passed)} passed, {len(passed) - sum(passed)} failed')
+    sys.exit(not all(passed))

@@ -258,3 +258,14 @@ def test_old_file_without_batch_counts():
     old = {k: v for k, v in net.state_dict().items() if not k.endswith('num_batches_tracked')}
     assert state_digest(load_weights(create_model('resnet20'), old))==state_digest(net)
     assert state_dict_of(dict(state_dict=old)).keys()==old.keys()
+
+
+def test_weights_of_the_package(cifar10_root):
+    "They are half as precise as those of the recorded run, and answer as many test images rightly, but for five in ten thousand."
+    from resnet_cifar.config import read_record
+    from resnet_cifar.data import BatchLoader, load_cifar10
+    from resnet_cifar.training import evaluate
+    data, model = load_cifar10(cifar10_root), create_model('resnet20', weights='DEFAULT')
+    right = evaluate(model, BatchLoader(data.test_images, data.test_labels, 500)).accuracy*10_000
+    assert abs(right - read_record(ROOT/'nbs'/'runs'/'resnet20.json')['result']['test_accuracy']*10_000) <= 5
+    with pytest.raises(ValueError, match="brings weights for resnet20, not for resnet18"): create_model('resnet18', weights='DEFAULT')

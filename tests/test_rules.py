@@ -1,5 +1,8 @@
 "Repository rules: the notebook is the source, and it is kept clean."
 import ast
+import dataclasses
+import importlib
+import inspect
 import json
 import re
 import shutil
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from readme import markdown
+from run_notebooks import same, shown
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in ROOT.glob('nbs/**/*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -102,6 +106,19 @@ def test_chapter_ends_with_a_tested_solution(path):
     assert 'test_' in check.replace('#| hide', '')
 
 
+def test_stale_outputs_are_noticed(tmp_path):
+    assert same('loss 0.512, 3 of 10', 'loss 0.513, 3 of 10') and not same('loss 0.512', 'loss 0.612') and not same('3', '2') and not same('a cat', 'a dog')
+    assert same('3 of 10\ncat', '4 of 10\ndog', volatile=True) and not same('3 of 10', '', volatile=True)
+    picture = dict(output_type='display_data', data={'image/png': 'abc', 'text/plain': '<Figure>'})
+    assert shown([dict(output_type='stream', text=['a\n', 'b'])]).splitlines()==['a', 'b'] and shown([picture]).splitlines()==['image/png', 'text/plain: <Figure>']
+    for stored, failed in (('2', False), ('3', True)):
+        output = dict(output_type='execute_result', data={'text/plain': [stored]}, execution_count=None, metadata={})
+        cell = dict(cell_type='code', id='sum', source=['1 + 1'], outputs=[output], execution_count=None, metadata={})
+        (tmp_path/'sums.ipynb').write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+        done = subprocess.run([sys.executable, ROOT/'tests'/'run_notebooks.py', tmp_path/'sums.ipynb'], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, 'cell sum' in done.stdout)==(failed, failed), done.stdout + done.stderr
+
+
 def test_relative_links_lead_somewhere():
     texts = [(ROOT, (ROOT/'README.md').read_text())] + [(path.parent, source(c)) for path in NOTEBOOKS for c in cells(path) if c['cell_type']=='markdown']
     links = [(folder, link) for folder, text in texts for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', text)]
@@ -114,6 +131,61 @@ def test_figures_have_alt_texts():
         for cell in cells(path):
             if any('image/' in kind for output in cell.get('outputs', []) for kind in output.get('data', {})):
                 assert '#| fig-alt:' in source(cell) and '#| fig-cap:' in source(cell), f'{path.name}, cell {cell["id"]}'
+
+
+def test_what_is_cited_is_listed_and_what_is_listed_is_cited():
+    papers = lambda text: set(re.findall(r'(?:arXiv:|arxiv\.org/abs/)(\d{4}\.\d{5})', text))
+    texts = {path.stem: '\n'.join(map(source, cells(path))) for path in NOTEBOOKS}
+    listed = papers(texts.pop('references'))
+    assert len(listed) > 10 and listed==set().union(*map(papers, texts.values()))
+
+
+def undocumented(thing):
+    "What a reader of the API reference would miss of a function or class: its sentence, a comment for each parameter, for what comes back, for each field."
+    from fastcore.docments import docments
+    own = thing.__doc__ or ''
+    if not own.strip() or own.startswith(f'{thing.__name__}('): yield 'docstring'
+    if inspect.isclass(thing):
+        if hasattr(thing, '_fields') or dataclasses.is_dataclass(thing): # each field has a line with a comment, or is inherited
+            lines = inspect.getsource(thing).splitlines()
+            for name in vars(thing).get('__annotations__', {}):
+                if not any(re.match(rf'\s+{name}\s*:.*#', line) for line in lines): yield name
+            return
+        for name, method in vars(thing).items():
+            method = getattr(method, '__func__', method)
+            if inspect.isfunction(method) and (name=='__init__' or not name.startswith('_')):
+                if name!='__init__' and not method.__doc__: yield f'{name}: docstring'
+                yield from (f'{name}: {parameter}' for parameter in undocumented_parameters(docments(method)))
+        return
+    found = docments(thing, returns=True)
+    yield from undocumented_parameters(found)
+    answer = inspect.signature(thing).return_annotation
+    if found.get('return') is None and (answer in (dict, list, tuple, float, int, str) or 'Tensor' in str(answer) or str(answer).startswith(('tuple', 'dict', 'list'))): yield 'return'
+
+
+def undocumented_parameters(found): # a `TrainState` says what it is; of `**kwargs` the comment is not read
+    return [name for name, comment in found.items() if comment is None and name not in ('self', 'return', 'state', 'kwargs')]
+
+
+@pytest.mark.parametrize('name', CHAPTERS)
+def test_exported_names_are_documented(name):
+    module = importlib.import_module(f'resnet_cifar.{name}')
+    things = [getattr(module, n) for n in module.__all__]
+    things = [thing for thing in things if inspect.isfunction(thing) or (inspect.isclass(thing) and not issubclass(thing, BaseException))]
+    assert things and {thing.__name__: missing for thing in things if (missing := list(undocumented(thing)))}=={}
+
+
+def test_what_is_not_documented_is_noticed():
+    def bare(images, size=3)->dict:
+        "It does something."
+    def told(
+        images, # uint8 (N, 3, H, W)
+    )->dict:    # of everything
+        "It does something."
+    class Silent:
+        "It is quiet."
+        def forward(self, x): return x
+    assert (list(undocumented(bare)), list(undocumented(told)), list(undocumented(Silent)))==(['images', 'size', 'return'], [], ['forward: docstring', 'forward: x'])
 
 
 def test_ruff():
