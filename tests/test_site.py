@@ -60,7 +60,7 @@ def pages(site): return {path.relative_to(site).as_posix(): Page(path) for path 
 
 def test_every_chapter_tutorial_and_module_has_a_page(pages):
     tutorials = [path.stem for path in (ROOT/'nbs'/'tutorials').glob('*.ipynb')]
-    assert set(pages)=={'index.html', '404.html'} | {f'{name}.html' for name in CHAPTERS} | {f'tutorials/{name}.html' for name in tutorials} | {f'api/{name}.html' for name in [*CHAPTERS, 'plain_loop']}
+    assert set(pages)=={'index.html', '404.html', 'references.html'} | {f'{name}.html' for name in CHAPTERS} | {f'tutorials/{name}.html' for name in tutorials} | {f'api/{name}.html' for name in [*CHAPTERS, 'plain_loop']}
 
 
 def test_links_and_anchors_lead_somewhere(site, pages):
