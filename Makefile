@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train test docs faults export lab record-gpu clean
+.PHONY: help train test docs faults export lab hooks record-gpu clean
 
 help:
 	@echo "make train   set up, fetch CIFAR-10, train the recipe 'quick', show the test accuracy"
@@ -11,6 +11,7 @@ help:
 	@echo "make docs    build the site into _docs"
 	@echo "make faults  the long version of the worst test: a run is killed a hundred times"
 	@echo "make lab     open the notebooks in JupyterLab"
+	@echo "make hooks   let git check the repository rules before each commit"
 	@echo "make export  notebooks -> resnet_cifar/*.py and README.md, notebooks cleaned"
 	@echo "make record-gpu  train all five sizes on a GPU and record them, in pieces: call it until all are there"
 	@echo "make clean   remove .venv and what was built (data and checkpoints stay)"
@@ -38,6 +39,9 @@ record-gpu: .venv/runtime.stamp
 
 lab: .venv/dev.stamp
 	$(BIN)/jupyter lab --notebook-dir nbs nbs/index.ipynb
+
+hooks: .venv/dev.stamp
+	git config core.hooksPath .githooks
 
 clean:
 	rm -rf .venv build dist _docs _proc *.egg-info .pytest_cache .ruff_cache

@@ -31,7 +31,7 @@ from torch import nn
 import resnet_cifar
 from .config import TrainConfig
 from .data import CIFAR10_MEAN, CIFAR10_STD, CLASSES
-from .models import _SEAL, ResNet, _differences, _likely_architectures, describe_architecture, from_architecture, load_weights, read_file, state_dict_of
+from .models import _SEAL, ResNet, _differences, _likely_architectures, _shipped, describe_architecture, from_architecture, load_weights, read_file, state_dict_of
 from .training import Callback, Progress, TrainState
 
 # %% ../nbs/06_checkpoint.ipynb #_also_called
@@ -338,10 +338,10 @@ def from_pretrained(
 
 # %% ../nbs/06_checkpoint.ipynb #load_model
 def load_model(
-    path:str|os.PathLike, # a checkpoint; a run folder (its best.ckpt, else its last.ckpt); a folder of `save_pretrained`; anybody's file of weights whose shapes tell what it is
+    path:str|os.PathLike, # a checkpoint; a run folder (its best.ckpt, else its last.ckpt); a folder of `save_pretrained`; anybody's file of weights whose shapes tell what it is; 'DEFAULT': the resnet20 that comes with the package
 )->ResNet:                # in evaluation mode, on the CPU; its averaged weights where the run kept an average
     "The network in a file, ready to answer. Raises `FileNotFoundError` or `ValueError` with one line that names the file."
-    path = Path(path)
+    path = _shipped('resnet20') if path=='DEFAULT' else Path(path)
     if path.is_dir() and not any((path/name).exists() for name in ('best.ckpt', 'last.ckpt')) and (path/'model.safetensors').exists(): return from_pretrained(path)
     ours = path.is_dir() or path.name in ('best.ckpt', 'last.ckpt', 'previous.ckpt')
     content = None if ours else read_file(path)

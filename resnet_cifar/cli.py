@@ -27,7 +27,7 @@ from .fetch import DownloadFlags, _require_writable, download_cifar10, one_line_
 @dataclasses.dataclass(frozen=True)
 class EvaluateFlags:
     "Measure a trained network on the test images."
-    ckpt:str                           # run folder (its best checkpoint, else its last), checkpoint, folder of `save_pretrained`, or .safetensors
+    ckpt:str                           # run folder (its best checkpoint, else its last), checkpoint, folder of `save_pretrained`, or .safetensors; DEFAULT: the resnet20 that comes with the package
     root:str='./data/datasets'         # folder of the data
     report:str|None=None               # write report.html (pictures of what was learned and where it fails) and metrics.json into this folder
     tta:bool=False                     # also average each image with its mirror image
@@ -79,7 +79,7 @@ def evaluate_command(
 @dataclasses.dataclass(frozen=True)
 class PredictFlags:
     "Say what is in pictures: files, or folders with all pictures in them. One that cannot be read is told on stderr, and the exit code is 1."
-    ckpt:str                           # run folder (its best checkpoint, else its last), checkpoint, folder of `save_pretrained`, or .safetensors
+    ckpt:str='DEFAULT'                 # run folder (its best checkpoint, else its last), checkpoint, folder of `save_pretrained`, or .safetensors; DEFAULT: the resnet20 that comes with the package
     images:tuple[str, ...]=dataclasses.field(default=(), metadata=dict(positional=True)) # files or folders, any number, one behind the other
     top_k:int=3                        # so many classes for each picture, the most probable first
     json:bool=False                    # one JSON object a line: file, class, probability, probabilities (of the top k); or file and error
@@ -123,7 +123,7 @@ def predict_command(
 )->int:        # 1 where a file could not be read
     "The command `resnet-cifar predict`."
     flags = parse_flags(PredictFlags, argv, prog='resnet-cifar predict')
-    if not flags.images: raise ValueError('which pictures? Name files or folders: resnet-cifar predict --ckpt RUN cat.jpg')
+    if not flags.images: raise ValueError('which pictures? Name files or folders: resnet-cifar predict cat.jpg')
     _require_range('top_k', flags.top_k, 1)
     for path in flags.images: # known before PyTorch is loaded
         if not os.path.exists(path): raise FileNotFoundError(f'{_printable(path)}: no such file or folder')
@@ -159,7 +159,7 @@ def predict_command(
 @dataclasses.dataclass(frozen=True)
 class ExportFlags:
     "Write a trained network as one file that other programs read."
-    ckpt:str                           # run folder (its best checkpoint, else its last), checkpoint, folder of `save_pretrained`, or .safetensors
+    ckpt:str                           # run folder (its best checkpoint, else its last), checkpoint, folder of `save_pretrained`, or .safetensors; DEFAULT: the resnet20 that comes with the package
     format:Literal['safetensors', 'onnx']='safetensors' # weights with a note of what they are; or the computation for ONNX Runtime, any batch size
     output:str|None=None               # file to write; left out: model.safetensors or model.onnx in this folder
     normalize:bool=False               # onnx: normalise inside the graph, which then takes pixels from 0 to 1

@@ -1,6 +1,9 @@
 "Networks against other people's, one property for every architecture, and weights in and out."
 import copy
 import json
+import shutil
+import subprocess
+import sys
 from hashlib import sha256
 
 import pytest
@@ -269,3 +272,16 @@ def test_weights_of_the_package(cifar10_root):
     right = evaluate(model, BatchLoader(data.test_images, data.test_labels, 500)).accuracy*10_000
     assert abs(right - read_record(ROOT/'nbs'/'runs'/'resnet20.json')['result']['test_accuracy']*10_000) <= 5
     with pytest.raises(ValueError, match="brings weights for resnet20, not for resnet18"): create_model('resnet18', weights='DEFAULT')
+
+
+def test_weights_are_put_into_the_package_from_a_run(tmp_path):
+    "From a run folder with those weights comes the file that is there, byte for byte."
+    config = TrainConfig(model_name='resnet20')
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'config.json').write_text('{"model_name": "resnet20"}')
+    save_checkpoint(tmp_path/'run'/'best.ckpt', checkpoint_of(new_state(create_model('resnet20', weights='DEFAULT'), config, 4), config))
+    for folder in ('tests', 'resnet_cifar'): (tmp_path/folder).mkdir()
+    shutil.copy(ROOT/'tests'/'ship_weights.py', tmp_path/'tests')
+    subprocess.run([sys.executable, tmp_path/'tests'/'ship_weights.py', tmp_path/'run'], cwd=ROOT, check=True, capture_output=True)
+    file = 'resnet_cifar/weights/resnet20.safetensors'
+    assert (tmp_path/file).read_bytes()==(ROOT/file).read_bytes()

@@ -29,7 +29,7 @@ def source(cell): return ''.join(cell['source'])
 def copy_of_tree(tmp_path_factory):
     "A copy without data and builds, in which nbdev may write."
     copy = tmp_path_factory.mktemp('tree')/'resnet_cifar'
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '*.egg-info', 'build', 'dist', '__pycache__'))
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '*.egg-info', 'build', 'dist', '_docs', '_proc', '.*_cache', '__pycache__'))
     return copy
 
 
@@ -186,6 +186,12 @@ def test_what_is_not_documented_is_noticed():
         "It is quiet."
         def forward(self, x): return x
     assert (list(undocumented(bare)), list(undocumented(told)), list(undocumented(Silent)))==(['images', 'size', 'return'], [], ['forward: docstring', 'forward: x'])
+
+
+def test_workflows_call_make():
+    targets = re.findall(r'^([\w-]+):', (ROOT/'Makefile').read_text(), re.M)
+    commands = [command for path in ROOT.glob('.github/workflows/*.yml') for command in re.findall(r'\brun: *(.*)', path.read_text())]
+    assert commands and set(commands) <= {f'make {target}' for target in targets}
 
 
 def test_ruff():
