@@ -21,7 +21,7 @@ train: .venv/runtime.stamp
 
 test: .venv/dev.stamp
 	$(BIN)/python tests/run_notebooks.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: .venv/dev.stamp
 	FAULT_ROUNDS=100 $(BIN)/python -m pytest -s tests/test_faults.py -k kill_9

@@ -16,7 +16,7 @@ def markdown(notebook:dict)->str:
     parts = []
     for cell in notebook['cells']:
         source = ''.join(cell['source']).strip()
-        if cell['cell_type']=='markdown': parts.append(from_top(source))
+        if cell['cell_type']=='markdown': parts.append(from_top(re.sub(r'\n+- categories: .*$', '', source))) # that is for the site
         elif not re.search(r'^#\|\s*(hide|default_exp)', source, re.M):
             code = '\n'.join(line for line in source.splitlines() if not line.startswith('#|')).strip()
             if not re.search(r'^#\|\s*echo:\s*false', source, re.M): parts.append(f'```python\n{code}\n```')

@@ -34,7 +34,7 @@ from resnet_cifar.models import create_model
 from resnet_cifar.training import Callback
 
 FAULTY = [sys.executable, str(ROOT/'tests'/'faulty.py')]
-ENV = os.environ | dict(OMP_NUM_THREADS='2')
+ENV = os.environ | dict(OMP_NUM_THREADS='1')
 
 
 # ---------------------------------------------------------------- killed and stopped
@@ -42,7 +42,7 @@ ENV = os.environ | dict(OMP_NUM_THREADS='2')
 def test_kill_9_at_any_instant():
     "Every round goes on; at the end the bits are those of the run that was never stopped. At least 3 in 10 kills hit a checkpoint that is being written."
     rounds = int(os.environ.get('FAULT_ROUNDS', 15))
-    done = subprocess.run([*FAULTY, 'kill', str(rounds), '0'], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    done = subprocess.run([*FAULTY, 'kill', str(rounds), '0'], capture_output=True, text=True, env=ENV)
     assert done.returncode==0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     print(counts)
@@ -83,10 +83,9 @@ def session_is_empty(session):
     (signal.SIGTERM, 'epoch   0', 0.4, dict(num_workers=2)),
     (signal.SIGINT, 'epoch   0', 0.5, dict(ema_decay=0.9, optimizer='SGD', lr_scheduler='OneCycleLR')),
     (signal.SIGTERM, 'expected', 2, dict(compile=True, width=4)),     # while compiling
-    (signal.SIGINT, 'epoch   1', 0, dict(num_workers=2, valid_size=5000, compile=False)), # just after an epoch
+    (signal.SIGINT, 'epoch   1', 0, dict(num_workers=2)), # just after an epoch
 ], ids=['term-workers', 'int-ema', 'term-compiling', 'int-between'])
 def test_signal_saves_and_the_run_goes_on(cifar10_root, tmp_path, number, until, wait, settings):
-    settings = {k: v for k, v in settings.items() if v is not False}
     program(*words(cifar10_root, tmp_path/'whole', **settings))
     process = start(words(cifar10_root, tmp_path/'stopped', **settings), until)
     time.sleep(wait)
