@@ -1,7 +1,5 @@
-"Entry points of `torch.hub`: torch.hub.load('.', 'resnet18', source='local', num_classes=10, weights=None)."
-from resnet_cifar.models import (  # noqa: F401
-    plain18, plain20, plain32, plain34, plain44, plain50, plain56, plain101, plain110, plain152,
-    resnet8, resnet18, resnet20, resnet32, resnet34, resnet44, resnet50, resnet56, resnet101, resnet110, resnet152,
-)
+"Entry points of `torch.hub`, one for each network: torch.hub.load('.', 'resnet18', source='local', num_classes=10, weights=None)."
+from resnet_cifar import models
 
 dependencies = ['torch', 'safetensors']
+globals().update({name: getattr(models, name) for name in models.list_models()})

@@ -43,9 +43,10 @@ def check(path:Path)->bool:
                 cell.stored, cell['outputs'] = shown(cell.get('outputs', [])), []
             def compare(cell):
                 fresh = shown(cell.outputs)
-                if self.exc or same(cell.stored, fresh, bool(VOLATILE.search(cell.source))): return
-                stale.append(f'{path.name}, cell {cell.id}: its stored output is not what it prints; run the notebook and save it')
-                stale.extend(list(difflib.unified_diff(cell.stored.splitlines(), fresh.splitlines(), 'stored', 'fresh', lineterm='', n=0))[:20])
+                if self.exc: stale.append(f'{path.name}, cell {cell.id}: failed')
+                elif not same(cell.stored, fresh, bool(VOLATILE.search(cell.source))):
+                    stale.append(f'{path.name}, cell {cell.id}: its stored output is not what it prints; run the notebook and save it')
+                    stale.extend(list(difflib.unified_diff(cell.stored.splitlines(), fresh.splitlines(), 'stored', 'fresh', lineterm='', n=0))[:20])
             super().run_all(nb, preproc=skip, postproc=compare, **options)
 
     nbdev.test.CaptureShell = Shell

@@ -59,7 +59,7 @@ BAD = [ # words, exit code, what the line must say
     (('resnet_cifar', 'predict', '--ckpt', 'hundred.safetensors', 'a_file', '--top_k', '0'), 2, '--top_k 0: must be at least 1'),
     (('resnet_cifar', 'predict', '--ckpt', 'hundred.safetensors', 'a_file', '--topk', '3'), 2, 'did you mean --top_k'),
     (('resnet_cifar', 'predict', '--ckpt', 'hundred.safetensors', 'a_file', '--explain', 'a_file'), 2, '--explain a_file: a_file is a file; give a folder'),
-    (('resnet_cifar', 'predict', 'a_file'), 2, '--ckpt'),
+    (('resnet_cifar', 'export'), 2, '--ckpt'),
     (('resnet_cifar', 'export', '--ckpt', 'photo.safetensors'), 2, 'photo.safetensors is damaged or no file of weights'),
     (('resnet_cifar', 'export', '--ckpt', 'nowhere'), 2, 'nowhere: no such file'),
     (('resnet_cifar', 'export', '--ckpt', 'hundred.safetensors', '--output', 'nowhere/model.safetensors'), 2, 'there is no folder nowhere'),

@@ -10,7 +10,7 @@ from conftest import pack_batches
 from resnet_cifar.fetch import DIGESTS, _check, _read_archive, download_cifar10, read_cifar10, verify_cifar10
 
 SPECIFICATION = '''resnet_cifar.trainer --batch_size 32 --num_workers 1 --num_epochs 20 --lr 0.001 --optimizer AdamW --lr_scheduler CosineAnnealingLR --t_max 10
-  --model_name {model} --random_seed 0 --ckpt_dir ./checkpoints --compile --pin_memory --transform --root {root} --limit_train {train} --limit_test 500 --num_epochs 2'''
+  --model_name {model} --random_seed 0 --ckpt_dir ./checkpoints --compile --pin_memory --transform --root {root} --limit_train {train} --limit_test 500 --valid_size 500 --num_epochs 2'''
 
 
 def test_real_pixels(cifar10_root):
