@@ -144,7 +144,7 @@ class PoolBlock(nn.Module):
 # %% ../nbs/00_blocks.ipynb #init_weights
 def init_weights(
     module:nn.Module,                # a block or a whole network, changed in place
-    zero_init_residual:bool=False,   # each block starts as its shortcut: the last batch norm's scale is 0 (Goyal et al. 2017, arXiv:1706.02677, sec. 5.1)
+    zero_init_residual:bool=False,   # each `BasicBlock` and `Bottleneck` starts as its shortcut: the last batch norm's scale is 0 (Goyal et al. 2017, arXiv:1706.02677, sec. 5.1)
 )->None:
     "Normal with variance `2/fan_out` for convolutions (He et al. 2015, arXiv:1502.01852); batch norms start as the identity."
     for m in module.modules():

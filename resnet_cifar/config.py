@@ -85,7 +85,7 @@ class TrainConfig:
     tta:bool=False                      # test-time augmentation: test also with each image and its mirror image averaged; the plain accuracy stays beside it
     precision:Literal['auto', 'fp32', 'bf16']='auto' # auto: bf16 where the machine computes with it, else fp32
     channels_last:bool=True             # memory format of images and weights; faster nearly everywhere
-    compile:bool=False                  # torch.compile: a minute at the start, then faster steps; a request
+    compile:bool=False                  # torch.compile: a minute at the start, then faster steps; only on request
     device:Literal['auto', 'cpu', 'cuda', 'mps']='auto' # auto: the GPU if there is one
     num_workers:int=1                   # background processes that prepare batches; 0: the main process does it
     pin_memory:bool=False               # page-locked memory for copies to a GPU; not needed here, where a GPU holds the data: a run says so

@@ -56,7 +56,7 @@ class ResNet(nn.Module):
         *,
         shortcut:str|None='B',         # the paper's option 'A', 'B' or 'C'; `None` is the plain network
         stem:str='cifar',              # 'cifar': 3x3, stride 1; 'imagenet': 7x7, stride 2, and max pooling, stride 2; 'patch': 24 filters of 2x2, stride 1, and the first stage halves the picture too
-        zero_init_residual:bool=False, # every block starts as its shortcut, see `blocks.init_weights`
+        zero_init_residual:bool=False, # every `BasicBlock` and `Bottleneck` starts as its shortcut, see `blocks.init_weights`
     ):
         super().__init__()
         if len(layers) not in (3, 4) or min(layers) < 1: raise ValueError(f'layers must be three or four positive numbers, got {layers}')

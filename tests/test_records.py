@@ -17,7 +17,7 @@ NBS = Path(__file__).parent.parent/'nbs'
 RECORDS = record_paths(NBS/'runs')
 FIGURES = { # (notebook, cell) -> the records that its figure is made of, and how many there are of each setting
     ('07_trainer', 'run-figure'): ('quick', 1), ('09_speed', 'ranks-figure'): ('ranks-*', 3), ('tutorials/speedrun', 'figure'): ('speedrun', 1),
-    ('tutorials/results', 'climb-figure'): ('resnet20-t_max-*', 1), ('tutorials/results', 'depth-figure'): ('depth-*', 1), ('tutorials/results', 'parts-figure'): ('part-*', 5),
+    ('tutorials/results', 'climb-figure'): ('resnet*-t_max-*', 1), ('tutorials/results', 'depth-figure'): ('depth-*', 1), ('tutorials/results', 'parts-figure'): ('part-*', 5),
     ('tutorials/weights', 'card-figure'): ('resnet20', 1),
 }
 
