@@ -231,13 +231,14 @@ def info_command(
     import torch
     from resnet_cifar.models import create_model, summary
     def rows(name):
-        with torch.device('meta'): return summary(create_model(name, flags.num_classes), flags.image_size)
+        try:
+            with torch.device('meta'): return summary(create_model(name, flags.num_classes), flags.image_size)
+        except RuntimeError: raise ValueError(f'--image_size {flags.image_size}: too small for {name}') from None
     def line(name, row, shape): print(f'{name:10}{shape:>14}{row.parameters:>14,}{row.macs/1e6:>15,.1f}{row.activation_bytes/1e6:>17,.2f}')
+    if flags.name is None: found = [(name, rows(name)[-1], '') for name in MODELS] # nothing is printed before all is known
+    else: found = [(row.name, row, ' x '.join(map(str, row.output_shape))) for row in rows(flags.name.lower())]
     print(f'{"stage" if flags.name else "model":10}{"output" if flags.name else "":>14}{"parameters":>14}{"million MACs":>15}{"activations, MB":>17}')
-    if flags.name is None:
-        for name in MODELS: line(name, rows(name)[-1], '')
-    else:
-        for row in rows(flags.name.lower()): line(row.name, row, ' x '.join(map(str, row.output_shape)))
+    for row in found: line(*row)
     return 0
 
 # %% ../nbs/10_cli.ipynb #BenchFlags
@@ -313,12 +314,12 @@ def main(
 )->int:        # exit code: 0 done, 1 the run failed, 2 the command can be mended, 130 stopped
     "The command `resnet-cifar`, also `python -m resnet_cifar`."
     name, *rest = argv or ['--help']
-    if name in ('-h', '--help'):
+    if name in ('-h', '--help', 'help'):
         print('usage: resnet-cifar COMMAND [FLAGS]\n\nResidual networks on CIFAR-10.\n')
         for command, (_, text) in COMMANDS.items(): print(f'  {command:10} {text}')
         print('\n`resnet-cifar COMMAND --help` lists the flags of a command; --debug shows the whole traceback of an error.')
         return 0
-    if name=='--version':
+    if name in ('-V', '--version'):
         print(resnet_cifar.__version__)
         return 0
     if name not in COMMANDS:
