@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 import resnet_cifar
@@ -283,7 +283,7 @@ def save_weights(
 )->None:
     "Write weights and facts as one safetensors file, which `load_model` and every other reader of that format reads."
     facts, weights = _facts_and_weights(model)
-    with replacing(path) as temporary: save_file(weights, temporary, metadata=dict(resnet_cifar=json.dumps(facts))) # one note: of several the order varies
+    with replacing(path) as temporary: temporary.write_bytes(save(weights, metadata=dict(resnet_cifar=json.dumps(facts)))) # one note: of several the order varies
 
 def save_pretrained(
     model:nn.Module,        # a `ResNet` in float32; any other module is a `ValueError`

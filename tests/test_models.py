@@ -285,3 +285,11 @@ def test_weights_are_put_into_the_package_from_a_run(tmp_path):
     subprocess.run([sys.executable, tmp_path/'tests'/'ship_weights.py', tmp_path/'run'], cwd=ROOT, check=True, capture_output=True)
     file = 'resnet_cifar/weights/resnet20.safetensors'
     assert (tmp_path/file).read_bytes()==(ROOT/file).read_bytes()
+
+
+def test_a_written_file_may_be_read_by_whom_the_folder_says(tmp_path):
+    "As any other new file: the web server, or a colleague in the same group, reads weights too."
+    (tmp_path/'plain').write_text('as the umask says')
+    save_pretrained(create_model('resnet20'), tmp_path)
+    save_checkpoint(tmp_path/'a.ckpt', checkpoint_of(new_state(create_model('resnet20'), TrainConfig(), 1), TrainConfig()))
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()})==1
