@@ -536,5 +536,4 @@ def main(
     download_cifar10(**dataclasses.asdict(flags))
 
 # %% ../nbs/02_fetch.ipynb #main-guard
-#| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # a program, not a notebook

@@ -803,5 +803,4 @@ def main(
     train(*parse_args(argv))
 
 # %% ../nbs/07_trainer.ipynb #main-guard
-#| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # a program, not a notebook

@@ -1,4 +1,4 @@
-"Runs all notebooks as `nbdev_test` does, holds what they store to what they print now, and counts them."
+"Runs notebooks as `nbdev_test` does, holds what they store to what they print now, and counts them: all of them or those that are named; with --save what they print is stored."
 import difflib
 import math
 import os
@@ -15,11 +15,14 @@ NUMBER = re.compile(r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?')
 
 
 def shown(outputs)->str:
-    "What a reader sees of a cell's outputs: text as it is, of a picture that there is one."
-    found = []
+    "What a reader sees of a cell's outputs: text as it is, in however many pieces it came; of a picture that there is one."
+    found, last = [], None
     for output in outputs:
-        if output['output_type']=='stream': found.append(''.join(output['text']))
-        else: found += [kind if kind.startswith('image/') else f'{kind}: {"".join(content)}' for kind, content in sorted(output.get('data', {}).items())]
+        if output['output_type']=='stream':
+            if last==output.get('name'): found[-1] += ''.join(output['text'])
+            else: found.append(''.join(output['text']))
+            last = output.get('name')
+        else: last, found = None, found + [kind if kind.startswith('image/') else f'{kind}: {"".join(content)}' for kind, content in sorted(output.get('data', {}).items())]
     return '\n'.join(found)
 
 
@@ -30,11 +33,11 @@ def same(stored:str, fresh:str, volatile:bool=False)->bool:
     return all(a==b or ('.' in a and math.isclose(float(a), float(b), rel_tol=0.02, abs_tol=2*10**-len(a.partition('.')[2]))) for a, b in zip(NUMBER.findall(stored), NUMBER.findall(fresh)))
 
 
-def check(path:Path)->bool:
+def check(path:Path, save:bool)->bool:
     "Run a notebook, print how many seconds that took and what is wrong with it: whether nothing is."
     import nbdev.test
     from nbdev.config import get_config
-    stale = []
+    stale, outputs = [], {}
 
     class Shell(nbdev.test.CaptureShell):
         def run_all(self, nb, preproc, **options):
@@ -42,30 +45,42 @@ def check(path:Path)->bool:
                 if preproc(cell): return True
                 cell.stored, cell['outputs'] = shown(cell.get('outputs', [])), []
             def compare(cell):
-                fresh = shown(cell.outputs)
+                fresh, outputs[cell.id] = shown(cell.outputs), cell.outputs
                 if self.exc: stale.append(f'{path.name}, cell {cell.id}: failed')
-                elif not same(cell.stored, fresh, bool(VOLATILE.search(cell.source))):
-                    stale.append(f'{path.name}, cell {cell.id}: its stored output is not what it prints; run the notebook and save it')
+                elif not save and not same(cell.stored, fresh, bool(VOLATILE.search(cell.source))):
+                    stale.append(f'{path.name}, cell {cell.id}: its stored output is not what it prints: tests/run_notebooks.py --save {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}')
                     stale.extend(list(difflib.unified_diff(cell.stored.splitlines(), fresh.splitlines(), 'stored', 'fresh', lineterm='', n=0))[:20])
             super().run_all(nb, preproc=skip, postproc=compare, **options)
 
     nbdev.test.CaptureShell = Shell
     passed, seconds = nbdev.test.test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
     print(f'{path.name}: {seconds:.0f} s', *stale, *([] if passed else ['failed']), sep='\n')
+    if save and passed: store(path, outputs)
     return passed and not stale
 
 
-def run(path:Path)->bool:
+def store(path:Path, outputs:dict)->None:
+    "Put outputs into the notebook as it lies there, and clean it."
+    from execnb.nbio import read_nb, write_nb
+    notebook = read_nb(path)
+    for cell in notebook.cells:
+        if cell.id in outputs: cell.outputs = outputs[cell.id]
+    write_nb(notebook, path)
+    subprocess.run([Path(sys.executable).parent/'nbdev_clean', '--fname', path], check=True)
+
+
+def run(path:Path, *options)->bool:
     "The same in a process of its own; they run side by side, with one thread each."
     environment = os.environ | NO_WARNINGS | dict(OMP_NUM_THREADS='1', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
-    done = subprocess.run([sys.executable, __file__, path], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([sys.executable, __file__, '--this', path, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, end='', flush=True)
     return done.returncode==0
 
 
 if __name__=='__main__':
-    if len(sys.argv)==2: sys.exit(not check(Path(sys.argv[1]).absolute()))
-    paths = sorted((p for p in ROOT.glob('nbs/**/*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts)), reverse=True) # the long ones first
-    with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool: passed = list(pool.map(run, paths))
+    options, named = [word for word in sys.argv[1:] if word.startswith('--')], [Path(word).absolute() for word in sys.argv[1:] if not word.startswith('--')]
+    if '--this' in options: sys.exit(not check(named[0], '--save' in options))
+    everything = sorted((p for p in ROOT.glob('nbs/**/*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts)), reverse=True) # the long ones first
+    with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool: passed = list(pool.map(lambda path: run(path, *options), named or everything))
     print(f'notebooks: {sum(passed)} passed, {len(passed) - sum(passed)} failed')
     sys.exit(not all(passed))

@@ -16,6 +16,7 @@ from resnet_cifar.trainer import _kind_of_processor, write_record
 NBS = Path(__file__).parent.parent/'nbs'
 RECORDS = record_paths(NBS/'runs')
 FIGURES = { # (notebook, cell) -> the records that its figure is made of, and how many there are of each setting
+    ('index', 'depth-figure'): ('depth-*', 1),
     ('07_trainer', 'run-figure'): ('quick', 1), ('09_speed', 'ranks-figure'): ('ranks-*', 3), ('tutorials/speedrun', 'figure'): ('speedrun', 1),
     ('tutorials/results', 'climb-figure'): ('resnet*-t_max-*', 1), ('tutorials/results', 'depth-figure'): ('depth-*', 1), ('tutorials/results', 'parts-figure'): ('part-*', 5),
     ('tutorials/weights', 'card-figure'): ('resnet20', 1),
@@ -53,7 +54,7 @@ def test_captions_name_n_machine_and_versions():
             versions = record['result']['versions']
             for said in (record['config'].precision, f"Python {versions['python']}", f"torch {versions['torch']}"): assert said in captions[place], place
             assert record['processes'] > 1 or record['result']['machine'] in captions[place], place
-    assert {place for place in captions if place[0] in ('tutorials/results', 'tutorials/speedrun', 'tutorials/weights')} <= set(FIGURES)
+    assert {place for place in captions if place[0] in ('index', 'tutorials/results', 'tutorials/speedrun', 'tutorials/weights')} <= set(FIGURES)
 
 
 def test_a_record_whose_settings_no_longer_parse_is_refused(command, tmp_path):

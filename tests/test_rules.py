@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from readme import markdown
+from readme import FIGURES, figures, markdown
 from run_notebooks import same, shown
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +49,7 @@ def test_notebooks_are_clean(copy_of_tree):
 def test_readme_is_in_sync():
     index = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))
     assert markdown(index)==(ROOT/'README.md').read_text(encoding='utf-8'), 'README.md is not what index.ipynb makes: make export'
+    assert {path.stem: path.read_bytes() for path in (ROOT/FIGURES).iterdir()}==figures(index)
 
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem!='index'], ids=lambda p: p.stem)
