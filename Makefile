@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train test docs faults export lab hooks record-gpu clean
+.PHONY: help train test docs faults export save lab hooks record-gpu clean
 
 help:
 	@echo "make train   set up, fetch CIFAR-10, train the recipe 'quick', show the test accuracy"
@@ -12,6 +12,7 @@ help:
 	@echo "make faults  the long version of the worst test: a run is killed a hundred times"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make hooks   let git check the repository rules before each commit"
+	@echo "make save NB=nbs/00_blocks.ipynb  run notebooks and store what they print, then export"
 	@echo "make export  notebooks -> resnet_cifar/*.py and README.md, notebooks cleaned"
 	@echo "make record-gpu  train all five sizes on a GPU and record them, in pieces: call it until all are there"
 	@echo "make clean   remove .venv and what was built (data and checkpoints stay)"
@@ -30,6 +31,11 @@ export: .venv/dev.stamp
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/readme.py
+
+save: .venv/dev.stamp
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/run_notebooks.py --save $(NB)
+	$(MAKE) export
 
 docs: .venv/dev.stamp
 	$(BIN)/python tests/build_site.py

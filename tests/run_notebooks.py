@@ -1,5 +1,6 @@
 "Runs notebooks as `nbdev_test` does, holds what they store to what they print now, and counts them: all of them or those that are named; with --save what they print is stored."
 import difflib
+import itertools
 import math
 import os
 import re
@@ -16,13 +17,10 @@ NUMBER = re.compile(r'-?\d+(?:\.\d+)?(?:e[+-]?\d+)?')
 
 def shown(outputs)->str:
     "What a reader sees of a cell's outputs: text as it is, in however many pieces it came; of a picture that there is one."
-    found, last = [], None
-    for output in outputs:
-        if output['output_type']=='stream':
-            if last==output.get('name'): found[-1] += ''.join(output['text'])
-            else: found.append(''.join(output['text']))
-            last = output.get('name')
-        else: last, found = None, found + [kind if kind.startswith('image/') else f'{kind}: {"".join(content)}' for kind, content in sorted(output.get('data', {}).items())]
+    found = []
+    for stream, some in itertools.groupby(outputs, lambda output: output.get('name', '') if output['output_type']=='stream' else None):
+        if stream is not None: found.append(''.join(''.join(output['text']) for output in some))
+        else: found += [kind if kind.startswith('image/') else f'{kind}: {"".join(content)}' for output in some for kind, content in sorted(output.get('data', {}).items())]
     return '\n'.join(found)
 
 

@@ -85,7 +85,7 @@ def test_notebook(path):
     for cell in cells(path):
         code = source(cell)
         where = f'{path.name}, cell {cell["id"]}'
-        assert re.fullmatch(r'[a-zA-Z_][\w-]*', cell['id']), f'{where}: ids are words'
+        assert re.fullmatch(r'[a-zA-Z_][\w-]*', cell['id']) and not re.fullmatch(r'[0-9a-f]{8}(-[0-9a-f-]{27})?', cell['id']), f'{where}: ids are words; JupyterLab cannot change one: tests/name_cell.py'
         if cell['cell_type']!='code': continue
         assert not re.search(r'^\s*from \S+ import \*', code, re.M), f'{where}: star import'
         outputs = json.dumps(cell['outputs'])
@@ -93,7 +93,7 @@ def test_notebook(path):
         leaks = [word for word in ('/home/', '/root/', '/tmp/', '/work/', '/Users/', 'Warning') if word in outputs]
         assert not leaks, f'{where}: output holds {leaks}'
         lines = sum(bool(line.strip()) and not line.startswith('#|') for line in code.splitlines())
-        if re.match(r'#\|\s*exports?\b', code) and cell['id']!='TrainConfig': assert lines <= 40, f'{where}: {lines} lines' # that one is a list: a line for each setting
+        if re.match(r'#\|\s*exports?\b', code) and cell['id']!='TrainConfig': assert lines <= 40, f'{where}: {lines} lines, an export cell has at most 40: begin another one' # that one is a list: a line for each setting
     assert path.stat().st_size < 400_000, f'{path.name} is {path.stat().st_size/1000:.0f} kB'
 
 
@@ -112,12 +112,37 @@ def test_stale_outputs_are_noticed(tmp_path):
     assert same('3 of 10\ncat', '4 of 10\ndog', volatile=True) and not same('3 of 10', '', volatile=True)
     picture = dict(output_type='display_data', data={'image/png': 'abc', 'text/plain': '<Figure>'})
     assert shown([dict(output_type='stream', text=['a\n', 'b'])]).splitlines()==['a', 'b'] and shown([picture]).splitlines()==['image/png', 'text/plain: <Figure>']
+    assert shown([dict(output_type='stream', name='stdout', text=['a']), dict(output_type='stream', name='stdout', text=['b'])])=='ab' # a kernel sends text in pieces
     for stored, failed in (('2', False), ('3', True)):
         output = dict(output_type='execute_result', data={'text/plain': [stored]}, execution_count=None, metadata={})
         cell = dict(cell_type='code', id='sum', source=['1 + 1'], outputs=[output], execution_count=None, metadata={})
         (tmp_path/'sums.ipynb').write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
         done = subprocess.run([sys.executable, ROOT/'tests'/'run_notebooks.py', tmp_path/'sums.ipynb'], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, 'cell sum' in done.stdout)==(failed, failed), done.stdout + done.stderr
+
+
+def test_figures_are_sharp():
+    "Twice as many pixels as they are wide on the page: so run_notebooks.py --save stores them, and a plain kernel does not."
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            for output in cell.get('outputs', []):
+                if 'image/png' in output.get('data', {}): assert 'width' in output['metadata'].get('image/png', {}), f'{path.name}, cell {cell["id"]}: make save'
+
+
+def test_every_page_is_in_the_book():
+    "In the site's sidebar and on the front page, in one order."
+    pages = [str(path.relative_to(ROOT/'nbs')) for path in NOTEBOOKS]
+    sidebar = re.findall(r'- (\S+\.ipynb)', (ROOT/'_quarto.yml').read_text())
+    front = re.findall(r'^\| \[[\w/]+\]\((\S+\.ipynb)\) \|', ''.join(source(c) + '\n' for c in cells(ROOT/'nbs'/'index.ipynb') if c['cell_type']=='markdown'), re.M)
+    assert sorted(sidebar)==sorted(pages) and ['index.ipynb', *front, 'references.ipynb']==sidebar
+
+
+def test_every_setting_is_read():
+    "By code of another module than the one that lists them; some by the name of their flag in a tuple or call there."
+    from resnet_cifar.config import TrainConfig
+    code = '\n'.join(path.read_text() for path in ROOT.glob('resnet_cifar/*.py') if path.stem not in ('config', '_modidx'))
+    unread = [field.name for field in dataclasses.fields(TrainConfig) if not re.search(rf"\.{field.name}\b|'{field.name}'", code)]
+    assert unread==[]
 
 
 def test_relative_links_lead_somewhere():
