@@ -128,6 +128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'resnet_cifar.data._formats': ('data.html#_formats', 'resnet_cifar/data.py'),
                                    'resnet_cifar.data._ignore_signals': ('data.html#_ignore_signals', 'resnet_cifar/data.py'),
                                    'resnet_cifar.data._in_background': ('data.html#_in_background', 'resnet_cifar/data.py'),
+                                   'resnet_cifar.data._require_pictures': ('data.html#_require_pictures', 'resnet_cifar/data.py'),
                                    'resnet_cifar.data._to_tensors': ('data.html#_to_tensors', 'resnet_cifar/data.py'),
                                    'resnet_cifar.data.augment': ('data.html#augment', 'resnet_cifar/data.py'),
                                    'resnet_cifar.data.list_images': ('data.html#list_images', 'resnet_cifar/data.py'),

