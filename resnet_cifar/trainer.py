@@ -153,13 +153,14 @@ def describe(
     print(f'model        {config.model_name}, width {config.width}{given}: {total.parameters:,} parameters, {total.macs/1e6:,.1f} million MACs an image{narrow}')
     print(f'device       {machine_name(config.device)}, {config.precision}, {"channels_last" if config.channels_last else "contiguous"}, {_threads(ranks)}')
     print(f'data         {num_train:,} training, {num_valid:,} validation and {num_test:,} test images; {len(train):,} batches of {config.batch_size} an epoch')
-    epochs = sorted({0, plan.index(max(plan)), plan.index(min(plan)), len(plan) - 1})
+    left = {e: rate for e, rate in enumerate(plan) if e >= min(finished, len(plan) - 1)}
+    epochs = sorted({min(left), max(left, key=left.get), min(left, key=left.get), max(left)})
     print(f'rate         {config.optimizer}, {config.lr_scheduler}: ' + ', '.join(f'{0.0 if plan[e] < 1e-12 else plan[e]:.3g} in epoch {e}' for e in epochs))
     if config.lr_scheduler=='CosineAnnealingLR' and (config.t_max or config.num_epochs) < config.num_epochs:
         print(f'  warning: --t_max {config.t_max} is less than --num_epochs {config.num_epochs}: the rate reaches 0 in epoch {config.t_max} and climbs again; leave --t_max out to end at 0')
     print(f'run folder   {config.ckpt_dir}' + (f', going on after {finished} finished epochs' + (f' and {steps} steps' if steps else '') if finished or steps else ''))
     seconds = sum(expected_seconds(part, config, num_train, (valid_images + num_test)/len(parts), begin, end) for part, begin, end in parts)/ranks
-    print(f'expected     {"about %.0f min" % (seconds/60) if seconds > 90 else "about %.0f s" % seconds}' + (', and the time to compile' if config.compile else ''), flush=True)
+    print(f'expected     {"about %.0f h" % (seconds/3600) if seconds > 3*3600 else "about %.0f min" % (seconds/60) if seconds > 90 else "about %.0f s" % seconds}' + (', and the time to compile' if config.compile else ''), flush=True)
 
 # %% ../nbs/07_trainer.ipynb #machine_name
 def _threads(ranks=1): return f'{(n := torch.get_num_threads())} thread{"s" if n > 1 else ""}' + (f' in each of {ranks} processes' if ranks > 1 else '')
@@ -655,7 +656,10 @@ def _open_folder(config, here, changed, best, ranks):
     for name in ('result.json',) if here else _RUN_FILES: (folder/name).unlink(missing_ok=True)
     if not here: shutil.rmtree(folder/'tensorboard', ignore_errors=True)
     for path in (*folder.glob('.*.tmp*'), *([] if here else folder.glob('last.ckpt.damaged'))): path.unlink()
-    if before and before.get('processes', 1)!=ranks.number: changed = changed + [f'{ranks.number} processes: were {before.get("processes", 1)}']
+    for name, now in (('processes', ranks.number), ('threads', torch.get_num_threads())): # the bits depend on them
+        if before and (then := before.get(name, 1))!=now:
+            changed = [*changed, f'{now} {name}: were {then}']
+            print(changed[-1])
     settings = dataclasses.asdict(config) | dict(threads=torch.get_num_threads(), sources=before.get('sources', _sources())) | (dict(processes=ranks.number) if ranks.number > 1 else {})
     _write_json(folder/'config.json', settings | (dict(changed=before.get('changed', []) + changed) if changed or 'changed' in before else {}))
     if best is not None: save_checkpoint(folder/'best.ckpt', best)
@@ -735,7 +739,7 @@ def _train_and_test(config, loaders, state, kept, seconds, ranks):
             if stop.number is None and not isinstance(e, KeyboardInterrupt) or isinstance(e, Stopped) and not stop.between_steps: raise # not stopped, or by a second signal
             # what goes wrong after a first signal (in a compiler, in a background process) is its doing
             steps = f' and {len(state.progress.losses)} steps of the next' if stop.between_steps and state.progress is not None and state.progress.losses else ''
-            raise Stopped(stop.number or signal.SIGINT, f'stopped; {folder} holds {state.epoch} finished epochs{steps}: --resume auto goes on') from None
+            raise Stopped(stop.number or signal.SIGINT, f'stopped; {folder} holds {state.epoch} finished epochs{steps}: the same command with --resume auto goes on') from None
 
 # %% ../nbs/07_trainer.ipynb #clean_checkout
 def _git(*words):

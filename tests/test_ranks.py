@@ -168,7 +168,7 @@ def stop_twice(process):
 
 
 NO_ANSWER = r'^error: rank {} of 2 \(counted from 0\) does not answer any more; --resume auto goes on from the last checkpoint in \S+$'
-STOPPED = r'^stopped; \S+ holds \d+ finished epochs( and \d+ steps of the next)?: --resume auto goes on$'
+STOPPED = r'^stopped; \S+ holds \d+ finished epochs( and \d+ steps of the next)?: the same command with --resume auto goes on$'
 ENDS = { # name -> what to do to the launcher, its exit code, what our processes say, in one line
     'rank 1 is killed': (lambda p: os.kill(ranks_of(p)[1], signal.SIGKILL), 1, NO_ANSWER.format(1)),
     'rank 0 is killed': (lambda p: os.kill(ranks_of(p)[0], signal.SIGKILL), 1, NO_ANSWER.format(0)),
