@@ -90,11 +90,13 @@ def _leaves(x, name=''):
 
 def _not_plain(content):
     "What could not be read back, or `None`."
-    return next((f'{name} is of type {type(x).__name__}' for name, x in _leaves(content) if not isinstance(x, torch.Tensor) and type(x) not in (str, int, float, bool, type(None))), None)
+    for name, x in _leaves(content):
+        if not isinstance(x, torch.Tensor) and type(x) not in (str, int, float, bool, type(None)): return f'{name} is of type {type(x).__name__}'
 
 def _not_finite(content):
     "The name of the first tensor with an inf or NaN, or `None`."
-    return next((name for name, x in _leaves(content) if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.isfinite().all()), None)
+    for name, x in _leaves(content):
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.isfinite().all(): return name
 
 # %% ../nbs/06_checkpoint.ipynb #save_checkpoint
 def save_checkpoint(

@@ -218,7 +218,12 @@ def plot_calibration(
 def _watching(layers):
     "A list for each layer of what it gave; the hooks are removed whatever happens."
     seen = [[] for _ in layers]
-    hooks = [layer.register_forward_hook(lambda module, inputs, out, kept=kept: kept.append(out) or out.clone()) for layer, kept in zip(layers, seen)]
+    def catch_into(kept):
+        def hook(module, inputs, out):
+            kept.append(out)
+            return out.clone() # passed on in place of `out`
+        return hook
+    hooks = [layer.register_forward_hook(catch_into(kept)) for layer, kept in zip(layers, seen)]
     try: yield seen
     finally:
         for hook in hooks: hook.remove()

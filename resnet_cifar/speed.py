@@ -247,7 +247,7 @@ def bench_lines(
     lines += [f'our steps, {"not " if name=="ours" else ""}compiled: {batch/t["median"]:,.0f} images/s' for name, t in result['steps'].items() if name not in ('plain loop', result['fastest'])]
     lines += [f'a large matrix product runs at {result["roof_flops"]/1e12:.2f} TFLOP/s in {result["precision"]} and {result["plain_roof_flops"]/1e12:.2f} in fp32; our step reaches {result["roof_share"]:.0%} of the former',
               f'data take {result["data_share"]:.2%} of an epoch\'s time']
-    if result['memory']: lines += ['peak memory of a step: ' + ', '.join(f'{side} {n/1e9:.2f} GB' for side, n in result['memory'].items())]
+    if result['memory']: lines += ['memory that two steps add: ' + ', '.join(f'{side} {n/1e9:.2f} GB' for side, n in result['memory'].items())]
     return lines
 
 # %% ../nbs/09_speed.ipynb #plot_bench

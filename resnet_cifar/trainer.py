@@ -588,10 +588,12 @@ def run(
     "Train, choose the best epoch on the validation images, test it once, and leave a run folder. CIFAR-10 is fetched when missing. Under torchrun all processes call it; where one fails, the others leave by `SystemExit`."
     begin = time.monotonic()
     with _joined(config) as (ranks, config), contextlib.nullcontext() if ranks.rank else _own_folder(config):
+        # 1 look
         finished, saved, changed, source = _from_first(ranks, None if ranks.rank else _found(config, resume, overwrite, ranks))
         if finished is not None: return finished
-        if saved is not None and (config.num_epochs < saved['epoch'] or config.num_epochs==saved['epoch'] and saved['progress'] is not None):
-            return print(f'the run in {config.ckpt_dir} has {saved["epoch"]} finished epochs, --num_epochs {config.num_epochs} asks for no more')
+        nothing_left = saved is not None and (config.num_epochs < saved['epoch'] or config.num_epochs==saved['epoch'] and saved['progress'] is not None)
+        if nothing_left: return print(f'the run in {config.ckpt_dir} has {saved["epoch"]} finished epochs, --num_epochs {config.num_epochs} asks for no more')
+        # 2 build
         dataset = _data(config, ranks)
         with _kernels(config.deterministic), _memory_advice(config):
             loaders = make_loaders(config, dataset, (ranks.rank, ranks.number))
@@ -603,9 +605,12 @@ def run(
                 require_room(Path(config.ckpt_dir), state, config)
                 if saved is not None: best = _best_of(source, here, saved, changed)
             _wait(ranks)
+            # 3 say
             describe(state.model, config, loaders, state.epoch, len(state.progress.losses) if state.progress else 0, ranks.number) # all of them, for they share the machine that it times
-            if not ranks.rank: _open_folder(config, here, changed + ([] if saved is None or here else [f'begun elsewhere: {source}']), best, ranks) # from here on an old run is gone
+            # 4 from here on an old run is gone
+            if not ranks.rank: _open_folder(config, here, changed + ([] if saved is None or here else [f'begun elsewhere: {source}']), best, ranks)
             _wait(ranks)
+            # 5 train and test
             result = _train_and_test(config, loaders, state, kept, lambda: time.monotonic() - begin + earlier, ranks)
         if not ranks.rank: _write_json(Path(config.ckpt_dir)/'result.json', dataclasses.asdict(result))
         _wait(ranks) # nobody leaves before that
