@@ -257,6 +257,7 @@ class Checkpointer(Callback):
 
     def before_fit(self, state:TrainState)->None:
         "The first file, before anything is computed: whether the folder can be written shows now."
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder/'last.ckpt').exists(): self.save(state)
 
     def after_step(self, state:TrainState)->None:

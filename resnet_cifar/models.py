@@ -389,6 +389,7 @@ def _decode(raw, where):
         note = json.loads(raw[8:8 + int.from_bytes(raw[:8], 'little')]).get('__metadata__', {}).get('resnet_cifar', '{}')
         return dict(json.loads(note), model=safetensors.torch.load(raw))
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, pickle.UnpicklingError, safetensors.SafetensorError) as e:
+        if isinstance(e, pickle.UnpicklingError) and 'Unsupported global' in str(e): raise ValueError(f'{where} holds more than weights, and nothing in it was run: save model.state_dict() instead of the model') from None
         raise ValueError(f'{where} is damaged or no file of weights ({type(e).__name__})') from None
 
 _SEAL = b'resnet_cifar sha256 ' # at the end of our checkpoints, with 64 hexadecimal digits behind it: see checkpoint
@@ -492,6 +493,7 @@ def load_weights(
     where:object='the state dict', # what a dict was read from, for the message
 )->nn.Module:                    # `model`
     "Copy weights into a model. What does not fit raises a `ValueError` that names the first keys that differ and the network they look like."
+    if isinstance(source, nn.Module): raise ValueError(f'{type(source).__name__} is a model: give its state_dict()')
     if isinstance(source, (str, os.PathLike)): source, where = read_file(source), source
     state, architecture = state_dict_of(source, where), getattr(model, 'architecture', None)
     noted = [_checked(source['architecture'])] if isinstance(source.get('architecture'), Mapping) else [] # in files of ours
