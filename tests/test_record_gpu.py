@@ -44,9 +44,9 @@ def test_in_pieces(cifar10_root, tmp_path):
         "The lines of the front page's table, made beside the records of this folder."
         cell = next(cell for cell in json.loads((ROOT/'nbs'/'index.ipynb').read_text())['cells'] if cell['id']=='results-table')
         done = subprocess.run([sys.executable, '-c', ''.join(cell['source']).replace('Markdown(', 'print(')], cwd=folder, capture_output=True, text=True, check=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-        return [[word.strip() for word in line.split('|')[2:6]] for line in done.stdout.splitlines() if line.startswith('| `resnet-cifar') or '--recipe' in line]
+        return [[word.strip() for word in line.split('|')[2:4]] for line in done.stdout.splitlines() if line.startswith('| `resnet-cifar') or '--recipe' in line]
     accuracy = [records['resnet18', seed]['result']['test_accuracy'] for seed in (0, 1)]
     lines = table(runs.parent)
-    assert lines[0]==['network', 'epochs', 'n', 'test accuracy ± standard deviation'] and [line[:3] for line in lines[1:]]==[[name, '1', '2' if name=='resnet18' else '1'] for name in NETWORKS]
-    assert lines[1][3]==f'{sum(accuracy)/2:.4f} ± {abs(accuracy[0] - accuracy[1])/2**0.5:.4f}'
+    assert lines[0]==['network, epochs', 'test accuracy'] and [line[0] for line in lines[1:]]==[f'{name}, 1' for name in NETWORKS]
+    assert lines[1][1]==f'{sum(accuracy)/2:.4f} ± {abs(accuracy[0] - accuracy[1])/2**0.5:.4f} (n = 2)' and all(line[1].endswith(' (n = 1)') for line in lines[2:])
     assert table(tmp_path)==[] # no record at all
