@@ -44,7 +44,7 @@ def test_in_pieces(cifar10_root, tmp_path):
         "The lines of the front page's table, made beside the records of this folder."
         cell = next(cell for cell in json.loads((ROOT/'nbs'/'index.ipynb').read_text())['cells'] if cell['id']=='results-table')
         done = subprocess.run([sys.executable, '-c', ''.join(cell['source']).replace('Markdown(', 'print(')], cwd=folder, capture_output=True, text=True, check=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-        return [[word.strip() for word in line.split('|')[2:4]] for line in done.stdout.splitlines() if line.startswith('| `resnet-cifar') or '--recipe' in line]
+        return [[word.strip() for word in line.split('|')[2:4]] for line in done.stdout.splitlines() if line.startswith(('| `resnet-cifar', '| `--recipe'))]
     accuracy = [records['resnet18', seed]['result']['test_accuracy'] for seed in (0, 1)]
     lines = table(runs.parent)
     assert lines[0]==['network, epochs', 'test accuracy'] and [line[0] for line in lines[1:]]==[f'{name}, 1' for name in NETWORKS]
