@@ -256,3 +256,7 @@ def test_bench(command, cifar10_root, tmp_path):
     assert found['memory']['ours'] > 11_173_962*4*2 # gradients and momentum at the least
     assert done.stderr=='' and f'{found["step_ratio"]:.2f}' in done.stdout and (tmp_path/'b.png').read_bytes()[:4]==b'\x89PNG'
     assert not [word for word in ('/root', '/home', os.uname().nodename) if word in json.dumps(found)]
+
+
+def test_memory_that_cannot_be_measured():
+    with pytest.raises(RuntimeError, match='no memory was measured: '): peak_memory('ours', 'resnet21')
