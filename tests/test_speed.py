@@ -259,4 +259,4 @@ def test_bench(command, cifar10_root, tmp_path):
 
 
 def test_memory_that_cannot_be_measured():
-    with pytest.raises(RuntimeError, match='no memory was measured: '): peak_memory('ours', 'resnet21')
+    with pytest.raises(RuntimeError, match='no memory was measured: '): speed.peak_memory('ours', 'resnet21')
