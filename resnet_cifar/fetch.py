@@ -404,7 +404,7 @@ def download_cifar10(
     root:str|os.PathLike,     # folder of the data, made when missing
     *,
     source:str|None=None,     # a name from `SOURCES` or an https address; left out: `RESNET_CIFAR_URL` if set, then all of them in order
-    archive:str|os.PathLike|None=None, # an archive on this machine, used instead of the network
+    archive:str|os.PathLike|None=None, # an archive on this machine, used instead of the internet
     skip_checksum:bool=False, # take the pixels as they are, for a data set of your own in CIFAR-10's form
 )->Path:                      # `root`
     "CIFAR-10 into `root`, unless it is there already. Raises `ConnectionError` when no source gives it. A second process waits for the first."

@@ -57,6 +57,14 @@ def test_captions_name_n_machine_and_versions():
     assert {place for place in captions if place[0] in ('index', 'tutorials/results', 'tutorials/speedrun', 'tutorials/weights')} <= set(FIGURES)
 
 
+def test_the_front_page_says_what_its_figure_shows():
+    "The figure's description, which the README has too, by the records."
+    alt = re.search(r'!\[(.*?)\]\(nbs/index_files/depth-figure', (NBS.parent/'README.md').read_text(encoding='utf-8'))[1]
+    for name in ('plain56', 'plain20', 'resnet20', 'resnet56'):
+        error = 1 - read_record(NBS/'runs'/f'depth-{name}.json')['history'][-1]['train_accuracy']
+        assert re.search(rf'{name}[^,.]* (to )?{error:.2f}', alt), name
+
+
 def test_a_record_whose_settings_no_longer_parse_is_refused(command, tmp_path):
     "By the function that reads records, and by the command, which lists the others all the same."
     whole = json.loads(RECORDS[0].read_text())

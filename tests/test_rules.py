@@ -1,9 +1,12 @@
 "Repository rules: the notebook is the source, and it is kept clean."
 import ast
+import base64
 import dataclasses
 import importlib
 import inspect
+import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,9 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from readme import FIGURES, figures, markdown
-from run_notebooks import same, shown
+from run_notebooks import same, shown, smaller
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in ROOT.glob('nbs/**/*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -122,11 +126,34 @@ def test_stale_outputs_are_noticed(tmp_path):
 
 
 def test_figures_are_sharp():
-    "Twice as many pixels as they are wide on the page: so run_notebooks.py --save stores them, and a plain kernel does not."
+    "Twice as many pixels as they are wide on the page: so `make save` stores them, and a plain kernel does not."
     for path in NOTEBOOKS:
         for cell in cells(path):
             for output in cell.get('outputs', []):
-                if 'image/png' in output.get('data', {}): assert 'width' in output['metadata'].get('image/png', {}), f'{path.name}, cell {cell["id"]}: make save'
+                if not (png := ''.join(output.get('data', {}).get('image/png', ''))): continue
+                pixels, width = int.from_bytes(base64.b64decode(png)[16:20], 'big'), output['metadata'].get('image/png', {}).get('width', math.inf)
+                assert pixels >= 2*width, f'{path.name}, cell {cell["id"]}: make save'
+
+
+def test_plots_get_a_palette_and_photographs_none():
+    def png(picture):
+        buffer = io.BytesIO()
+        picture.save(buffer, 'png')
+        return base64.b64encode(buffer.getvalue()).decode()
+    plot = png(Image.linear_gradient('L').convert('RGB')) # 256 greys
+    photograph = png(Image.merge('RGB', [Image.effect_noise((64, 64), 90) for _ in range(3)]))
+    assert Image.open(io.BytesIO(base64.b64decode(smaller(plot)))).mode=='P' and smaller(photograph)==photograph
+
+
+def test_naming_a_cell(tmp_path):
+    copy = tmp_path/'blocks.ipynb'
+    shutil.copy(ROOT/'nbs'/'00_blocks.ipynb', copy)
+    def name(*words): return subprocess.run([sys.executable, ROOT/'tests'/'name_cell.py', copy, *words], capture_output=True, text=True)
+    assert name('conv3x3', 'kernel').returncode==0 # not conv3x3-use
+    assert copy.read_text()==(ROOT/'nbs'/'00_blocks.ipynb').read_text().replace('"id": "conv3x3"', '"id": "kernel"')
+    for words, said in ((('kernel', 'basic'), 'has a cell basic already'), (('conv1x1-', 'x'), '2 cells'), (('nothing', 'x'), '0 cells')):
+        done = name(*words)
+        assert done.returncode==1 and said in done.stderr
 
 
 def test_every_page_is_in_the_book():
