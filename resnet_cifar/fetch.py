@@ -442,7 +442,8 @@ def parse_flags(
         with contextlib.redirect_stderr(errors): return tyro.cli(spec, args=argv, prog=prog, default=default, use_underscores=True)
     except SystemExit as e:
         if not e.code: raise # --help
-    lines = errors.getvalue().splitlines()[1:] # below the title: message, rule, hints
+    plain = re.sub(r'\x1b\[[\d;]*m', '', errors.getvalue()) # in a terminal tyro writes in colours
+    lines = plain.splitlines()[1:] # below the title: message, rule, hints
     words = [bool(re.search(r'\w', line)) for line in lines]
     first = words.index(True)
     last = words.index(False, first)
