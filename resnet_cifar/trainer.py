@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import nn
 
 import resnet_cifar
-from .checkpoint import Checkpointer, _advance, _model_of, load_checkpoint, replacing, require_room, restore, save_checkpoint, state_digest
+from .checkpoint import Checkpointer, _advance, _model_of, _temporary, load_checkpoint, replacing, require_room, restore, save_checkpoint, state_digest
 from .config import TrainConfig, TrainFlags, command_of, parse_args
 from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, normalize, split_train_valid
 from .fetch import Stopped, _exit_code, _require_writable, download_cifar10, locked, on_signal, one_line_errors
@@ -238,11 +238,10 @@ class TensorBoard(Callback):
         self.folder, self.writer = Path(folder)/'tensorboard', None
 
     def before_fit(self, state:TrainState)->None:
-        "Begin anew, with the epochs of a run that goes on."
+        "Begin a new file, with the epochs of a run that goes on: TensorBoard passes over what earlier files say of them."
         from torch.utils.tensorboard import SummaryWriter
         if self.writer is not None: self.writer.close() # of the narrow part
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.writer = SummaryWriter(self.folder)
+        self.writer = SummaryWriter(self.folder, purge_step=0 if state.history else None)
         for row in state.history: self.write(row)
 
     def write(self,
@@ -647,20 +646,21 @@ def _own_folder(config):
         (folder/'.written').unlink()
     except OSError as e: raise PermissionError(f'--ckpt_dir {folder}: cannot be made or written ({e.strerror}); give another folder') from None
     def busy(pid): raise FileExistsError(f'--ckpt_dir {folder}: process {pid} is training there; wait for it, or give another folder')
+    def clear(number): # what was being written when that process was killed, by name: other files are not ours
+        for name in _RUN_FILES: _temporary(folder/name, number).unlink(missing_ok=True)
     try:
-        with locked(folder/'.lock', busy): yield
+        with locked(folder/'.lock', busy, clear): yield
     finally:
         for path in [folder.absolute(), *folder.absolute().parents] if made else []: # from the inside out, as long as they are empty
             with contextlib.suppress(OSError): path.rmdir()
             if path.exists() or path==made: break
 
 def _open_folder(config, here, changed, best, ranks):
-    "Make room in the folder now that the run can begin: an old run's files go, and what killed processes left; the settings are written."
+    "Make room in the folder now that the run can begin: an old run's files go; the settings are written."
     folder = Path(config.ckpt_dir)
     before = _read_json(folder/'config.json') if here and (folder/'config.json').exists() else {}
-    for name in ('result.json',) if here else _RUN_FILES: (folder/name).unlink(missing_ok=True)
-    if not here: shutil.rmtree(folder/'tensorboard', ignore_errors=True)
-    for path in (*folder.glob('.*.tmp*'), *([] if here else folder.glob('last.ckpt.damaged'))): path.unlink()
+    if not here and any((folder/name).exists() for name in _RUN_FILES): shutil.rmtree(folder/'tensorboard', ignore_errors=True) # without a run it is not ours
+    for name in ('result.json',) if here else ('last.ckpt.damaged', *_RUN_FILES): (folder/name).unlink(missing_ok=True)
     for name, now in (('processes', ranks.number), ('threads', torch.get_num_threads())): # the bits depend on them
         if before and (then := before.get(name, 1))!=now:
             changed = [*changed, f'{now} {name}: were {then}']
