@@ -212,7 +212,7 @@ class BatchLoader:
     "Iterable of `(images, targets)`: float32 (batch_size, 3, H, W) normalised, int64 (batch_size,). The same numbers for any `num_workers`."
     def __init__(self,
         images:Tensor,            # uint8 (N, 3, H, W), anything else is a `ValueError`; on a GPU everything happens there
-        labels:Tensor,            # int64 (N,)
+        labels:Tensor,            # integers (N,), handed out as int64
         batch_size:int,           # images in a batch; training leaves out a short last batch, and fewer images than one batch are a `ValueError`
         *,
         train:bool=False,         # shuffle, and leave out a short last batch; else in order, every image once
@@ -230,7 +230,7 @@ class BatchLoader:
     ):
         _require_pictures(images, labels)
         if train and len(images) < batch_size: raise ValueError(f'--batch_size {batch_size}: there are only {len(images)} training images')
-        self.dataset = _BatchDataset(images, labels, batch_size, share, train, augment, padding, alternating_flips, seed)
+        self.dataset = _BatchDataset(images, labels.long(), batch_size, share, train, augment, padding, alternating_flips, seed)
         self.keys = _Keys(len(images)//batch_size if train else -(-len(images)//batch_size))
         self.device, self.sizes, self.memory_format = torch.device(device), sizes, torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std)) # moved once: a GPU would be waited for in each batch

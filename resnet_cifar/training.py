@@ -187,7 +187,7 @@ def _answers(model, batches, precision, tta):
 
 def _metrics_of(log_p, targets, ranks=1):
     "Loss, accuracy and confusion matrix."
-    num_classes = log_p.shape[1]
+    num_classes, targets = log_p.shape[1], targets.long() # of 8 bits the product below would be cut
     confusion = torch.bincount(targets*num_classes + log_p.argmax(1), minlength=num_classes**2).view(num_classes, num_classes)
     loss = F.nll_loss(log_p.double(), targets, reduction='sum')
     if ranks > 1:

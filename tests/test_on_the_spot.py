@@ -6,8 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from resnet_cifar.data import sample_cifar10
+from resnet_cifar.data import BatchLoader, sample_cifar10
+from resnet_cifar.training import evaluate
 
 PROGRAM = [sys.executable, '-m', 'resnet_cifar']
 
@@ -118,3 +121,22 @@ def test_tensorboard_writes_beside_what_is_there(data, tmp_path):
         events = accumulator.EventAccumulator(str(tmp_path/'tensorboard'))
         events.Reload()
         assert [point.step for point in events.Scalars('loss/train')]==list(range(epochs))
+
+
+@pytest.mark.parametrize('kind', [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_any_whole_numbers_count_right(kind):
+    "A network that is always right: of 20 classes, true class times 20 plus answer does not fit into 8 bits."
+    class Right(nn.Module):
+        "The class is written in the first pixel."
+        def forward(self, images):
+            classes = (images*255)[:, 0, 0, 0].round().long()
+            return 9.*nn.functional.one_hot(classes, 20)
+    labels = torch.arange(200)%20
+    images = torch.zeros(200, 3, 8, 8, dtype=torch.uint8)
+    images[:, 0, 0, 0] = labels.to(torch.uint8)
+    loader = BatchLoader(images, labels.to(kind), 100, mean=(0, 0, 0), std=(1, 1, 1))
+    assert {targets.dtype for _, targets in loader}=={torch.int64}
+    by_hand = [(images/255, targets.to(kind)) for images, targets in zip(images.split(100), labels.split(100))] # past the loader
+    for batches in (loader, by_hand):
+        metrics = evaluate(Right(), batches)
+        assert metrics.accuracy==1 and metrics.confusion.equal(10*torch.eye(20, dtype=torch.int64))
