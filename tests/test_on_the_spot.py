@@ -4,13 +4,13 @@ import pty
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from resnet_cifar.data import BatchLoader, sample_cifar10
+from resnet_cifar.data import BatchLoader
 from resnet_cifar.training import evaluate
+from sample_data import write_sample_data
 
 PROGRAM = [sys.executable, '-m', 'resnet_cifar']
 
@@ -48,13 +48,8 @@ def test_a_usage_error_reads_the_same_in_a_terminal_and_in_a_pipe(words, named):
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     "A folder with the sample that comes with the package, in CIFAR-10's shapes."
-    folder, sample = tmp_path_factory.mktemp('data'), sample_cifar10()
-    arrays = {}
-    for part, count in (('train', 50_000), ('test', 10_000)):
-        images, labels = (getattr(sample, f'{part}_{kind}').numpy() for kind in ('images', 'labels'))
-        arrays[f'{part}_images'] = np.resize(images.transpose(0, 2, 3, 1), (count, 32, 32, 3))
-        arrays[f'{part}_labels'] = np.resize(labels, count).astype(np.uint8)
-    np.savez(folder/'cifar10.npz', **arrays)
+    folder = tmp_path_factory.mktemp('data')
+    write_sample_data(folder)
     return folder
 
 
