@@ -1,5 +1,8 @@
-"Entry points of `torch.hub`, one for each network: torch.hub.load('.', 'resnet18', source='local', num_classes=10, weights=None)."
+"Entry points of `torch.hub`: torch.hub.load('.', 'resnet18', source='local', num_classes=10)."
+import functools
+
 from resnet_cifar import models
 
 dependencies = ['torch', 'safetensors']
-globals().update({name: getattr(models, name) for name in models.list_models()})
+for name in models.list_models():
+    globals()[name] = getattr(models, name, functools.partial(models.create_model, name))

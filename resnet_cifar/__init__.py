@@ -3,6 +3,7 @@
     from resnet_cifar.models import create_model
     model = create_model('resnet20', weights='DEFAULT')
 
-What each parameter means stands behind it in the source: `create_model??` in Jupyter shows it, as do the API pages of `make docs`.
+The meaning of each parameter stands behind it in the source: `create_model??` in Jupyter
+shows it, as do the API pages of `make docs`.
 """
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ PROC, OUT = ROOT/'_proc', ROOT/'_docs'
 
 
 def page_name(name:str)->str:
-    "nbdev's links to names of the package say `blocks.html`, so `00_blocks` becomes `blocks`."
+    "nbdev's links to names of the package say `blocks.html`, so `02_blocks` becomes `blocks`."
     return re.sub(r'\b\d\d_(\w+\.(ipynb|html))', r'\1', name)
 
 
@@ -46,7 +46,9 @@ def settings(folder:Path)->str:
     config['project']['output-dir'] = '_docs'
     del config['execute'] # smalldocs runs nothing
     if host: config['website']['site-url'] = host.rstrip('/') + base
-    modules = [page_name(path.name).removesuffix('.ipynb') for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))]
+    chapters = sorted((ROOT/'nbs').glob('*/[0-9]*.ipynb'), key=lambda path: path.name)
+    modules = [page_name(path.name).removesuffix('.ipynb') for path in chapters]
+    modules = [name for name in modules if (ROOT/'resnet_cifar'/f'{name}.py').exists()] # some chapters export nothing
     config['website']['sidebar']['contents'].append(dict(section='API', contents=[f'api/{name}.md' for name in modules]))
     config['smalldocs'] = dict(api=dict(packages=['resnet_cifar'], out='api', root=str(ROOT), **(dict(source=f'{git}/blob/{branch}') if git else {})))
     (folder/'_quarto.yml').write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding='utf-8')

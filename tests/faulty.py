@@ -1,4 +1,7 @@
-"Programs that the fault tests run and kill. `python tests/faulty.py kill ROUNDS SEED` prints its counts as JSON; `train …` is the command with a save after every step."
+"""Tiny runs on the sample for the tests, and programs that are killed.
+`python tests/faulty.py kill ROUNDS SEED` prints its counts as JSON; `python tests/faulty.py train …`
+is the command on the sample."""
+import csv
 import json
 import os
 import random
@@ -9,72 +12,145 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 
-def save_after_every_step():
-    from resnet_cifar import checkpoint
-    checkpoint.SAVE_SECONDS = 0
+SMALL = dict(model_name='resnet8', width=8, batch_size=50, num_epochs=2, valid_size=100, limit_train=200, limit_test=50,
+             num_workers=0, precision='fp32', device='cpu', lr=0.01, lr_scheduler='none')
+
+
+def small(folder, **settings):
+    "The settings of a run of four steps an epoch; there are 1,000 images in the sample."
+    from resnet_cifar.config import TrainConfig
+    return TrainConfig(**SMALL | dict(ckpt_dir=str(folder)) | settings)
+
+
+def words(folder, **settings):
+    "The same as words of a command."
+    flags = SMALL | dict(ckpt_dir=str(folder)) | settings
+    return [word for name, value in flags.items() for word in ((f'--{name}',) if value is True else (f'--{name}', str(value)))]
+
+
+def use_sample():
+    "Every run of this process trains on the sample."
+    from resnet_cifar import preparation
+    from resnet_cifar.data import sample_cifar10
+    sample = sample_cifar10()
+    preparation.load_cifar10 = lambda root, skip_checksum: sample
+
+
+def history(folder):
+    "The rows of `history.csv`, without the seconds."
+    with open(Path(folder)/'history.csv') as file:
+        return [{name: value for name, value in row.items() if name!='seconds'} for row in csv.DictReader(file)]
+
+
+def outcome(folder):
+    "What must be the same however often a run was interrupted."
+    return history(folder), json.loads((Path(folder)/'result.json').read_text())['state_digest']
+
+
+class Interrupt:
+    "A callback that ends the run after so many steps, before anything can be saved, as a kill does."
+    def __init__(self, after): self.left = after
+    def state_dict(self): return {}
+    def load_state_dict(self, saved): pass
+    def after_step(self, state):
+        self.left -= 1
+        if self.left==0: raise KeyboardInterrupt
+
+
+@pytest.fixture(name='sample_run')
+def make_sample_run(monkeypatch):
+    "`trainer.run` on the sample; `after` so many steps it is interrupted."
+    from resnet_cifar import preparation, trainer
+    from resnet_cifar.data import sample_cifar10
+    monkeypatch.setattr(preparation, 'load_cifar10', lambda root, skip_checksum: sample_cifar10())
+
+    def run(folder, *, after=None, resume=None, overwrite=False, callbacks=(), **settings):
+        config = small(folder, **settings)
+        if after is None: return trainer.run(config, resume=resume, overwrite=overwrite, callbacks=callbacks)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(config, resume=resume, overwrite=overwrite, callbacks=[*callbacks, Interrupt(after)])
+    return run
+
+
+# ---------------------------------------------------------------- killed at random instants
+
+def unfinished(folder):
+    "(name, time) of the checkpoints that were being written."
+    files = [folder/f'.{name}.tmp.ckpt' for name in ('last', 'previous', 'best')]
+    return {(path.name, path.stat().st_mtime_ns) for path in files if path.exists() and path.stat().st_size}
+
+
+def start(run, config):
+    "A child that runs or resumes, with its output thrown away."
+    child = os.fork()
+    if child: return child
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        run(config, resume='auto')
+        os._exit(0)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+
+
+def end(child):
+    "Whether a child has come to its own end."
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), f'the run ended with {code}'
+    return code==0
+
+
+def has_ended(child): return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def wait_for_a_save(folder, child, before):
+    "Until the child writes a checkpoint."
+    while not has_ended(child):
+        try:
+            if unfinished(folder) - before: return
+        except FileNotFoundError: return # it has just got its name
+        time.sleep(0.0002)
 
 
 def kill_rounds(rounds, seed):
-    "Kill a run at random instants, `rounds` times in all, each time by SIGKILL; runs that reach their end are compared with one that was never stopped."
+    "Kill runs at random instants, `rounds` times in all; those that reach their end are compared with runs that nobody killed."
     import matplotlib.figure  # noqa: F401  in the parent, so that no child spends its life on imports
     import torch
-    from resnet_cifar import trainer
-    from resnet_cifar.config import TrainConfig
-    from resnet_cifar.data import sample_cifar10
+    from resnet_cifar import checkpoint, trainer
     torch.set_num_threads(1)
-    sample, rng, folder = sample_cifar10(), random.Random(seed), Path(tempfile.mkdtemp())
-    trainer.load_cifar10 = lambda root, skip_checksum: sample
-    save_after_every_step()
+    use_sample()
+    checkpoint.SAVE_SECONDS = 0 # a save after every step
+    rng, top = random.Random(seed), Path(tempfile.mkdtemp())
     counts = dict(kills=0, while_saving=0, runs=0, equal=0)
-
-    def config(name, number):
-        return TrainConfig(ckpt_dir=str(folder/name), random_seed=number, width=24, batch_size=25, num_epochs=4, image_sizes=(8,), limit_train=200, limit_test=50, valid_size=100,
-                           optimizer='SGD', lr=0.05, lr_scheduler='OneCycleLR', ema_decay=0.9, transform=True, num_workers=0, precision='fp32')
-
-    def start(name, number):
-        "A child that runs or goes on, with its output thrown away."
-        child = os.fork()
-        if child: return child
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            trainer.run(config(name, number), resume='auto')
-            os._exit(0)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-
-    def end(child):
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in (0, -signal.SIGKILL), f'round {counts}: the run ended with {code}'
-        return code==0
-
-    def outcome(name):
-        history = [line.rpartition(',')[0] for line in (folder/name/'history.csv').read_text().splitlines()] # without the seconds
-        return history, json.loads((folder/name/'result.json').read_text())['state_digest']
+    settings = dict(batch_size=25, num_epochs=4, image_sizes=(9,), optimizer='SGD', lr=0.05, lr_scheduler='OneCycleLR', ema_decay=0.9,
+                    transform=True)
 
     while counts['kills'] < rounds:
-        number, finished = counts['runs'], False
-        assert end(start(f'whole{number}', number))
-        while not finished:
-            child = start(f'killed{number}', number)
+        number = counts['runs']
+        whole, killed = (top/f'{name}{number}' for name in ('whole', 'killed'))
+        assert end(start(trainer.run, small(whole, random_seed=number, **settings)))
+        is_finished = False
+        while not is_finished:
+            before = unfinished(killed)
+            child = start(trainer.run, small(killed, random_seed=number, **settings))
             if counts['kills'] < rounds:
                 time.sleep(rng.uniform(0.05, 0.8))
-                if counts['kills']%2: # every other time wait for the next save to begin, and a random moment more
-                    while not any((folder/f'killed{number}').glob(f'.*.{child}.tmp.ckpt')) and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(0.0002)
+                if counts['kills']%2: # every other time a random moment after a save has begun
+                    wait_for_a_save(killed, child, before)
                     time.sleep(rng.uniform(0, 0.015))
                 os.kill(child, signal.SIGKILL)
-            finished = end(child)
-            if finished: break
-            counts['kills'] += 1
-            files = [p for p in (folder/f'killed{number}').glob('.*.tmp*') if p.stat().st_size]
-            counts['while_saving'] += any(f'.{child}.tmp.ckpt' in p.name for p in files) # a checkpoint's temporary file had its first byte, and not yet its name
+            is_finished = end(child)
+            if not is_finished:
+                counts['kills'] += 1
+                counts['while_saving'] += bool(unfinished(killed) - before)
         counts['runs'] += 1
-        counts['equal'] += outcome(f'killed{number}')==outcome(f'whole{number}')
-        left = sorted(p.name for p in (folder/f'killed{number}').iterdir())
-        assert left==sorted(p.name for p in (folder/f'whole{number}').iterdir()), left
-    shutil.rmtree(folder)
+        counts['equal'] += outcome(killed)==outcome(whole)
+        left = sorted(path.name for path in killed.iterdir())
+        assert left==sorted(path.name for path in whole.iterdir()), left
+    shutil.rmtree(top)
     print(json.dumps(counts))
 
 
@@ -82,5 +158,5 @@ if __name__=='__main__':
     if sys.argv[1]=='kill': kill_rounds(int(sys.argv[2]), int(sys.argv[3]))
     else:
         from resnet_cifar.cli import main
-        save_after_every_step()
+        use_sample()
         sys.exit(main(sys.argv[1:]))

@@ -1,16 +1,13 @@
-"Puts the network of a recorded run into the package, in half precision: python tests/ship_weights.py checkpoints/resnet20"
-import json
+"Puts the network of a run into the package, in half precision: python tests/ship_weights.py checkpoints/resnet20"
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from resnet_cifar.checkpoint import load_model, facts_of
+from resnet_cifar.files import read_json
+from resnet_cifar.weights import load_model, save_weights
 
 run = Path(sys.argv[1])
-model, config = load_model(run), json.loads((run/'config.json').read_text())
-weights = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-path = Path(__file__).parent.parent/'resnet_cifar'/'weights'/f"{config['model_name']}.safetensors"
+name = read_json(run/'config.json')['model_name']
+path = Path(__file__).parent.parent/'resnet_cifar'/'weights'/f'{name.lower()}.safetensors'
 path.parent.mkdir(exist_ok=True)
-save_file(weights, path, metadata=dict(resnet_cifar=json.dumps(facts_of(model))))
+save_weights(load_model(run).half(), path)
 print(f'{path.name}: {path.stat().st_size:,} bytes')

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(p.stem for p in ROOT.glob('resnet_cifar/*.py') if not p.stem.startswith('_'))
-TORCHLESS = ('fetch', 'config', 'cli')
+TORCHLESS = ('fetch', 'config', 'files', 'cli')
 BLOCK = '''
 import sys
 class Block:
@@ -36,26 +36,29 @@ def python(installed, code, *words):
     return subprocess.run([sys.executable, *(['-c', code] if code else []), *words], cwd=installed.parent, env=os.environ | dict(PYTHONPATH=str(installed)), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('module', ['__init__', *MODULES])
-def test_import_is_silent(installed, module):
-    name = 'resnet_cifar' if module=='__init__' else f'resnet_cifar.{module}'
-    heavy = ['matplotlib'] if module not in ('__init__', *TORCHLESS) else ['torch', 'matplotlib', 'numpy' if module=='__init__' else 'torch']
+@pytest.mark.parametrize('modules, heavy', [([], ['torch', 'matplotlib', 'numpy']), (TORCHLESS, ['torch', 'matplotlib']), (MODULES, ['matplotlib'])], ids=['package', 'without torch', 'all'])
+def test_imports_are_silent(installed, modules, heavy):
+    "Nothing is printed, nothing big is loaded that is not needed, and PyTorch's settings stay as they are."
+    names = ', '.join(['resnet_cifar', *(f'resnet_cifar.{module}' for module in modules)])
     done = python(installed, f'''
-import sys, {name}
-assert {str(installed)!r} in {name}.__file__, {name}.__file__
+import sys, {names}
+assert {str(installed)!r} in resnet_cifar.__file__, resnet_cifar.__file__
 assert not set({heavy!r}) & set(sys.modules), set({heavy!r}) & set(sys.modules)
+if 'torch' in sys.modules:
+    import torch
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
 ''')
     assert (done.returncode, done.stdout, done.stderr)==(0, '', '')
 
 
 def test_sample_and_types_are_inside(installed):
-    assert {p.name for p in (installed/'resnet_cifar').rglob('*')} >= {'py.typed', 'train.png', 'test.png'}
+    assert {p.name for p in (installed/'resnet_cifar').rglob('*')} >= {'py.typed', 'train.png', 'test.png', 'report.html', 'resnet20.safetensors'}
     assert sum(p.stat().st_size for p in (installed/'resnet_cifar'/'sample').iterdir()) < 4_000_000
     done = python(installed, 'from resnet_cifar.data import sample_cifar10; print(sample_cifar10().train_labels.bincount().tolist())')
     assert done.stdout.strip()==str([100]*10)
 
 
-@pytest.mark.parametrize('module', [m for m in MODULES if m!='plain_loop']) # that one is as people write it
+@pytest.mark.parametrize('module', MODULES)
 def test_everything_public_has_types(module):
     "Parameters and results of every public function and method."
     module, bare = importlib.import_module(f'resnet_cifar.{module}'), []

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from conftest import CHROMIUM, CHROMIUM_FLAGS, ROOT
 
-CHAPTERS = [path.stem[3:] for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))]
-PAGES = ('index.html', 'blocks.html', 'interpret.html', 'api/models.html', 'tutorials/results.html') # of each kind one
+CHAPTERS = [f'{path.parent.name}/{path.stem[3:]}' for path in sorted((ROOT/'nbs').glob('*/[0-9]*.ipynb'))]
+MODULES = [path.stem for path in (ROOT/'resnet_cifar').glob('*.py') if not path.stem.startswith('_')]
+PAGES = ('index.html', 'learn/blocks.html', 'learn/interpret.html', 'api/models.html', 'build/checkpoint.html') # of each kind one
 
 
 def build():
@@ -58,9 +59,8 @@ class Page(HTMLParser):
 def pages(site): return {path.relative_to(site).as_posix(): Page(path) for path in site.glob('**/*.html')}
 
 
-def test_every_chapter_tutorial_and_module_has_a_page(pages):
-    tutorials = [path.stem for path in (ROOT/'nbs'/'tutorials').glob('*.ipynb')]
-    assert set(pages)=={'index.html', '404.html', 'references.html'} | {f'{name}.html' for name in CHAPTERS} | {f'tutorials/{name}.html' for name in tutorials} | {f'api/{name}.html' for name in [*CHAPTERS, 'plain_loop']}
+def test_every_chapter_and_module_has_a_page(pages):
+    assert set(pages)=={'index.html', '404.html', 'references.html'} | {f'{name}.html' for name in CHAPTERS} | {f'api/{name}.html' for name in MODULES}
 
 
 def test_links_and_anchors_lead_somewhere(site, pages):
@@ -104,17 +104,19 @@ def test_the_same_files_come_out_again(site):
 def test_a_site_with_an_address(site, tmp_path):
     "The sitemap and the links to sources need one: here with one chapter, so that it is quick."
     copy = tmp_path/'copy'
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '_docs', '_proc', '*.egg-info', '__pycache__', '[0-9]*.ipynb', 'tutorials'))
-    shutil.copy2(ROOT/'nbs'/'00_blocks.ipynb', copy/'nbs')
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '_docs', '_proc', '*.egg-info', '__pycache__', '[0-9]*.ipynb'))
+    shutil.copy2(ROOT/'nbs'/'learn'/'02_blocks.ipynb', copy/'nbs'/'learn')
     settings = (copy/'settings.ini').read_text()
     (copy/'settings.ini').write_text(settings.replace('git_url =', 'git_url = https://code.example/resnet_cifar').replace('doc_host =', 'doc_host = https://docs.example'))
     quarto = yaml.safe_load((copy/'_quarto.yml').read_text())
-    quarto['website']['sidebar']['contents'] = ['index.ipynb', '00_blocks.ipynb']
+    quarto['website']['sidebar']['contents'] = ['index.ipynb', 'learn/02_blocks.ipynb']
     (copy/'_quarto.yml').write_text(yaml.safe_dump(quarto))
-    for path in (copy/'nbs').glob('*.ipynb'): path.write_text(re.sub(r'\]\((0[1-9]|10|tutorials)[^)]*\)', '](00_blocks.ipynb)', path.read_text()))
+    for path in (copy/'nbs').glob('**/*.ipynb'): # links to pages that are not in the copy
+        here = '02_blocks.ipynb' if path.parent.name=='learn' else 'learn/02_blocks.ipynb'
+        path.write_text(re.sub(r'\]\((\.\./)?((learn|build)/)?\d\d_[^)]*\)', f']({here})', path.read_text()))
     done = subprocess.run([sys.executable, copy/'tests'/'build_site.py'], capture_output=True, text=True)
     assert done.returncode==0, done.stdout + done.stderr
-    assert 'https://docs.example/blocks.html' in (copy/'_docs'/'sitemap.xml').read_text()
+    assert 'https://docs.example/learn/blocks.html' in (copy/'_docs'/'sitemap.xml').read_text()
     assert 'https://code.example/resnet_cifar/blob/main/resnet_cifar/blocks.py#L' in (copy/'_docs'/'api'/'blocks.html').read_text()
 
 
@@ -174,16 +176,16 @@ def test_light_and_dark(show):
     assert paper(page) < 150
     page.locator('.quarto-color-scheme-toggle:visible').first.click()
     assert paper(page) > 700
-    page.goto(page.url.replace('index', 'blocks'))
+    page.goto(page.url.replace('index', 'learn/blocks'))
     assert paper(page) > 700
 
 
 def test_the_page_for_wrong_addresses_works_in_any_folder(site):
-    assert '<head><base href="/">' in (site/'404.html').read_text(encoding='utf-8') # so that a host may show it in place of /tutorials/nothing.html
+    assert '<head><base href="/">' in (site/'404.html').read_text(encoding='utf-8') # so that a host may show it in place of /learn/nothing.html
 
 
 def test_maths_is_drawn(show):
-    page = show('blocks.html')
+    page = show('learn/blocks.html')
     page.locator('.katex').first.wait_for()
     assert page.evaluate('document.fonts.ready.then(fonts => [...fonts].some(font => font.family.includes("KaTeX_Main") && font.status=="loaded"))')
     assert '\\(' not in page.locator('main').inner_text()
