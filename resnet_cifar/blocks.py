@@ -144,7 +144,7 @@ class PoolBlock(nn.Module):
         in_channels:int,        # channels of the input
         channels:int,           # channels of both convolutions
         stride:int=2,           # of the max pooling: 1 (none) or 2
-        shortcut:str|None='B',  # 'A', 'B' add `h`, 'C' a projection of it, `None` nothing
+        shortcut:str|None='B',  # 'A', 'B': add `h`, 'C': a projection of it, `None`: no
     ):
         super().__init__()
         if stride not in (1, 2):

@@ -150,8 +150,7 @@ class InfoFlags:
 def _costs(name, flags):
     "Lines of a table: the stages of one network, or the totals of all."
     import torch
-    from resnet_cifar.cost import summary
-    from resnet_cifar.models import create_model
+    from resnet_cifar.models import create_model, summary
     def rows_of(name):
         with torch.device('meta'): return summary(create_model(name), flags.image_size)
     rows = rows_of(name) if name else [rows_of(n)[-1]._replace(name=n) for n in MODELS]

@@ -83,14 +83,15 @@ class Ranks:
         log_p, targets = log_probabilities(model, batches, **options)
         loss = nll_loss(log_p.double(), targets, reduction='sum')
         n = log_p.shape[1]
-        confusion = torch.bincount(targets*n + log_p.argmax(1), minlength=n*n).view(n, n)
+        pairs = targets*n + log_p.argmax(1)
+        confusion = torch.bincount(pairs, minlength=n*n).view(n, n)
         for sums in (loss, confusion): dist.all_reduce(sums)
         total = confusion.sum().item()
         return Metrics(loss.item()/total, confusion.trace().item()/total, confusion)
 
 # %% ../nbs/build/16_distributed.ipynb #AcrossRanks
 class AcrossRanks(Callback):
-    "After each step: the loss, correct predictions and number of images of all processes."
+    "After each step: loss, correct predictions and images of all processes."
     def after_step(self, state)->None:
         "Take the mean of the losses, and the sums of the others."
         progress, world_size = state.progress, dist.get_world_size()
@@ -145,9 +146,9 @@ class SignalWatch:
         self.is_between_steps = False
 
     def __enter__(self):
-        is_main = threading.current_thread() is threading.main_thread() # others get none
-        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-        self.before = [(number, signal.signal(number, self._note)) for number in numbers]
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else () # others get none
+        self.before = [(n, signal.signal(n, self._note)) for n in numbers]
         return self
 
     def __exit__(self, *error):
@@ -156,10 +157,11 @@ class SignalWatch:
     def _note(self, number, frame):
         is_second = self.number > 0
         self.number = self.number or number
-        if self.ranks.world_size > 1: return # torchrun repeats what a batch system has sent
+        if self.ranks.world_size > 1: return # torchrun repeats what a batch system sends
         if is_second: raise Stopped(number, 'stopped at once, by a second signal')
         with contextlib.suppress(OSError): # print may not be used here
-            os.write(2, b'stopping at the next step (a second signal stops at once)\n')
+            text = 'stopping at the next step (a second signal stops at once)\n'
+            os.write(2, text.encode())
 
     def check(self)->None:
         "Raise `Stopped` if one of the processes has got a signal."

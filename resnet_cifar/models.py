@@ -73,14 +73,17 @@ class Architecture:
         if block not in _BLOCKS: raise ValueError(f'{block} is no block of ours')
         return ResNet(_BLOCKS[block], **values)
 
-    def __str__(self): # such as 'resnet18 with 10 classes, width 8'
-        def unusual(name):
-            usual = vars(_REGISTRY[name]) | dict(num_classes=self.num_classes)
-            pairs = vars(self).items()
-            return [f'{field} {value}' for field, value in pairs if value!=usual[field]]
-        name = min(_REGISTRY, key=lambda name: len(unusual(name)))
-        words = [f'{self.num_classes} classes', *unusual(name)]
-        return f'{name} with ' + ', '.join(words)
+    def __str__(self): return _in_words(self)
+
+def _in_words(architecture): # such as 'resnet18 with 10 classes, width 8'
+    def unusual(name):
+        usual = vars(_REGISTRY[name]) | dict(num_classes=architecture.num_classes)
+        pairs = vars(architecture).items()
+        return [f'{field} {value}' for field, value in pairs if value!=usual[field]]
+
+    name = min(_REGISTRY, key=lambda name: len(unusual(name)))
+    words = [f'{architecture.num_classes} classes', *unusual(name)]
+    return f'{name} with ' + ', '.join(words)
 
 # %% ../nbs/learn/03_models.ipynb #ResNet
 class ResNet(nn.Module):
@@ -93,8 +96,8 @@ class ResNet(nn.Module):
         width:int=64,       # channels of the first stage, doubled in each later one
         *,
         shortcut:str|None='B', # the paper's option 'A', 'B' or 'C'; `None`: plain
-        stem:str='cifar',   # 'cifar': 3x3; 'imagenet': 7x7 and pooling, a quarter of the size;
-                            # 'patch': 24 filters of 2x2, and the first stage halves too
+        stem:str='cifar',   # 'cifar': 3x3; 'imagenet': 7x7 and pooling, a quarter of
+                            # the size; 'patch': 24 filters of 2x2, then halved
         zero_init_residual:bool=False, # see `init_weights`
     ):
         super().__init__()

@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Block())
 def installed(tmp_path_factory):
     "The wheel, unpacked where only it is, without the tools that the book is written with."
     folder = tmp_path_factory.mktemp('wheel')
-    tree = shutil.copytree(ROOT, folder/'tree', symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '*.egg-info', 'build', 'dist', '_docs', '_proc', '.*_cache', '__pycache__'))
+    tree = shutil.copytree(ROOT, folder/'tree', symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '*.egg-info', '_docs', '_proc', '.*_cache', '__pycache__'))
     subprocess.run([sys.executable, '-m', 'build', '--outdir', folder, tree], check=True, capture_output=True) # the archive of sources, and the wheel from it
     subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', folder/'site', *folder.glob('*.whl')], check=True)
     (folder/'site'/'sitecustomize.py').write_text(BLOCK)

@@ -35,7 +35,7 @@ def source(cell): return ''.join(cell['source'])
 def copy_of_tree(tmp_path_factory):
     "A copy without data and builds, in which nbdev may write."
     copy = tmp_path_factory.mktemp('tree')/'resnet_cifar'
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '*.egg-info', 'build', 'dist', '_docs', '_proc', '.*_cache', '__pycache__'))
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns('.venv', '.git', 'data', 'checkpoints', '*.egg-info', '_docs', '_proc', '.*_cache', '__pycache__'))
     return copy
 
 
