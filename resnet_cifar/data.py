@@ -173,16 +173,10 @@ class _BatchDataset(Dataset):
 def _ignore_signals(worker): # the main process ends its workers, without a traceback from each
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
 
-def _end_workers(loader): # a weak reference; else Python's end would wait for them for ever
-    iterator = getattr(loader(), '_iterator', None)
-    if iterator is not None: iterator._shutdown_workers()
-
 def _in_background(dataset, keys, num_workers):
-    loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=num_workers,
-                        persistent_workers=True, worker_init_fn=_ignore_signals,
-                        generator=torch.Generator()) # its own: the global one is not touched
-    atexit.register(_end_workers, weakref.ref(loader))
-    return loader
+    return DataLoader(dataset, batch_size=None, sampler=keys, num_workers=num_workers,
+                      persistent_workers=True, worker_init_fn=_ignore_signals,
+                      generator=torch.Generator()) # its own: the global one is not touched
 
 def _check(images, labels):
     is_bytes = isinstance(images, Tensor) and images.dtype==torch.uint8
@@ -223,6 +217,7 @@ class BatchLoader:
         self.workers, self.sizes = None, sizes
         if num_workers and images.device.type=='cpu':
             self.workers = _in_background(self.dataset, self.keys, num_workers)
+            atexit.register(lambda loader: loader() and loader().close(), weakref.ref(self))
         self.device = torch.device(device)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean = torch.as_tensor(mean, dtype=torch.float, device=device) # moved once
@@ -234,6 +229,11 @@ class BatchLoader:
         "Choose the order and draws of the next pass; a whole pass adds one."
         self.epoch = epoch
         self.keys[:] = [(epoch, number) for number in range(len(self.keys))]
+
+    def close(self)->None:
+        "End the background processes: they heed no signal, and Python waits for them."
+        iterator = getattr(self.workers, '_iterator', None)
+        if iterator is not None: iterator._shutdown_workers()
 
     def __len__(self): return len(self.keys) # batches
 

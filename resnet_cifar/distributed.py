@@ -157,7 +157,7 @@ class SignalWatch:
     def _note(self, number, frame):
         is_second = self.number > 0
         self.number = self.number or number
-        if self.ranks.world_size > 1: return # torchrun repeats what a batch system sends
+        if self.ranks.world_size > 1: return # each may get the same one twice
         if is_second: raise Stopped(number, 'stopped at once, by a second signal')
         with contextlib.suppress(OSError): # print may not be used here
             text = 'stopping at the next step (a second signal stops at once)\n'

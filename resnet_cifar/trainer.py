@@ -120,6 +120,7 @@ def train_and_test(
             number = watch.number or signal.SIGINT
             if ranks.rank: raise SystemExit(128 + number) from None # one of them says it
             raise _stopped(config, state, number) from None
+        finally: loaders[0].close() # now, or its background processes may stay
 
 # %% ../nbs/build/18_trainer.ipynb #run
 @contextlib.contextmanager
