@@ -10,7 +10,9 @@ import functools
 import itertools
 import statistics
 import time
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -22,10 +24,9 @@ from .data import CIFAR10, CIFAR10_MEAN, CIFAR10_STD, BatchLoader
 from .evaluation import pick_device, pick_precision
 from .models import create_model
 from .optimizers import make_optimizer
-from resnet_cifar.speed import (
-    benchmark, compare, compile_model, kernels, machine_text, matmul_roof, package_versions,
-    synchronize, training_flops, with_patch_gradients,
-)
+from .speed import benchmark, compare, compile_model, kernels, machine_text
+from .speed import matmul_roof, package_versions, synchronize, training_flops
+from .speed import with_patch_gradients
 from .training import train_epoch
 
 # %% ../nbs/build/20_bench.ipynb #PlainImages
@@ -35,8 +36,8 @@ class PlainImages(torch.utils.data.Dataset):
                          ToTensor(), Normalize(CIFAR10_MEAN, CIFAR10_STD)])
 
     def __init__(self,
-        images,  # uint8 array (N, 32, 32, 3)
-        targets, # list of N integers
+        images:np.ndarray, # uint8 array (N, 32, 32, 3)
+        targets:list,      # of N integers
     ):
         self.images, self.targets = images, targets
     def __len__(self): return len(self.images)
@@ -56,7 +57,7 @@ def plain_model(
 # %% ../nbs/build/20_bench.ipynb #plain_epoch
 def plain_epoch(
     model:nn.Module,    # on `device`
-    loader,             # batches of (images, targets)
+    loader:Iterable,    # batches of (images, targets)
     optimizer:torch.optim.Optimizer, # of the model's parameters
     device:str,         # 'cpu', 'cuda' or 'mps'
     precision:str='fp32', # 'bf16': under autocast

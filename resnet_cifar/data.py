@@ -178,13 +178,15 @@ def _in_background(dataset, keys, num_workers):
                       persistent_workers=True, worker_init_fn=_ignore_signals,
                       generator=torch.Generator()) # its own: the global one is not touched
 
-def _check(images, labels):
+def _check(images, labels, least):
     is_bytes = isinstance(images, Tensor) and images.dtype==torch.uint8
     if not is_bytes or images.ndim!=4 or images.shape[1]!=3:
         raise ValueError('images must be a tensor of uint8 (N, 3, H, W), 0 to 255')
     is_whole = isinstance(labels, Tensor) and not labels.is_floating_point()
     if not is_whole or labels.shape!=images.shape[:1]:
         raise ValueError(f'labels must be a tensor of {len(images)} integers')
+    if len(images) < least:
+        raise ValueError(f'--batch_size {least}: there are only {len(images)} images')
 
 class BatchLoader:
     "Iterable of `(images, targets)`: the same numbers for any `num_workers`."
@@ -206,9 +208,7 @@ class BatchLoader:
         mean:tuple=CIFAR10_MEAN, # of each channel, for `normalize`
         std:tuple=CIFAR10_STD, # of each channel, for `normalize`
     ):
-        _check(images, labels)
-        if train and len(images) < batch_size:
-            raise ValueError(f'--batch_size {batch_size}: there are only {len(images)} images')
+        _check(images, labels, batch_size if train else 0)
         self.dataset = _BatchDataset(
             images=images, labels=labels.long(), batch_size=batch_size, share=share, seed=seed,
             train=train, augment=augment, padding=padding, alternating=alternating_flips)

@@ -17,14 +17,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import get_args, get_origin
 
 # %% ../nbs/build/11_flags.ipynb #did_you_mean
 def did_you_mean(
-    word:str, # what somebody wrote
-    names,    # what could have been meant
-)->str:       # such as 'did you mean --lr? ', or '' if nothing is near
+    word:str,       # what somebody wrote
+    names:Iterable, # what could have been meant
+)->str:             # such as 'did you mean --lr? ', or '' if nothing is near
     "A hint for an error message."
     near = difflib.get_close_matches(word, names, n=1)
     return f'did you mean {near[0]}? ' if near else ''

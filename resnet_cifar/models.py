@@ -10,6 +10,7 @@ __all__ = ['Architecture', 'ResNet', 'create_model', 'register', 'resnet18', 're
 # %% ../nbs/learn/03_models.ipynb #imports-export
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -160,8 +161,8 @@ def create_model(
 
 # %% ../nbs/learn/03_models.ipynb #register
 def register(
-    describe, # a function that returns an `Architecture`
-):            # a function of the same name that builds the network
+    describe:Callable, # a function that returns an `Architecture`
+)->Callable:           # a function of the same name that builds the network
     "Enter a network into the registry, under the name of the function."
     name, architecture = describe.__name__, describe()
     _REGISTRY[name] = architecture

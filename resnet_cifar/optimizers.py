@@ -154,12 +154,12 @@ class EMA:
         self.decay = decay
         self.steps = 0
 
-    def before_fit(self, state)->None:
+    def before_fit(self, state:Any)->None:
         "Let the average be what is evaluated."
         state.averaged = self.average
 
     @torch.no_grad()
-    def after_step(self, state)->None:
+    def after_step(self, state:Any)->None:
         "Move the average a little; the first step's weights start it."
         average, weights = self.average.state_dict(), state.model.state_dict()
         floats = [key for key in average if average[key].is_floating_point()]

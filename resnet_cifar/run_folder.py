@@ -60,7 +60,7 @@ def _draw_curves(path, history):
     from matplotlib.figure import Figure # no window, and nothing global as in pyplot
     figure = Figure(figsize=(10, 3))
     plot_history(history, figure.subplots(1, 3))
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.17, top=0.9, wspace=0.25)
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.17, top=0.9, wspace=0.35)
     with replacing(path) as temporary: figure.savefig(temporary, dpi=120)
 
 class History(Callback):

@@ -13,9 +13,7 @@ import pytest
 from faulty import outcome, small, use_sample, words
 from resnet_cifar import preparation, trainer
 from resnet_cifar.checkpoint import load_checkpoint
-from resnet_cifar.distributed import (
-    AcrossRanks, join, rank_and_world_size, Ranks, SignalWatch, Stopped,
-)
+from resnet_cifar.distributed import join, rank_and_world_size, Ranks, SignalWatch, Stopped
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 FAULTY = str(Path(__file__).with_name('faulty.py'))
@@ -51,6 +49,7 @@ from torch import nn
 from resnet_cifar.blocks import BasicBlock
 from resnet_cifar.config import TrainConfig
 from resnet_cifar.data import BatchLoader, sample_cifar10
+from resnet_cifar.distributed import AcrossRanks, Ranks, join
 from resnet_cifar.models import ResNet
 from resnet_cifar.training import Callback, Progress, fit, new_state, train_step
 
