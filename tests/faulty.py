@@ -1,6 +1,6 @@
 """Tiny runs on the sample for the tests, and programs that are killed.
 `python tests/faulty.py kill ROUNDS SEED` prints its counts as JSON; `python tests/faulty.py train …`
-is the command on the sample."""
+is the command on the sample, and FAULTY_SIGNAL='RANK STEP NUMBER' gives it a signal."""
 import csv
 import json
 import os
@@ -74,6 +74,17 @@ def make_sample_run(monkeypatch):
     return run
 
 
+def signal_at(rank, step, number):
+    "The process of this rank gets a signal before this step of its run; evaluations count too."
+    from resnet_cifar.distributed import SignalWatch, rank_and_world_size
+    check, steps = SignalWatch.check, iter(range(10**6))
+
+    def check_and_signal(watch):
+        if next(steps)==step and rank_and_world_size()[0]==rank: os.kill(os.getpid(), number)
+        check(watch)
+    SignalWatch.check = check_and_signal
+
+
 # ---------------------------------------------------------------- killed at random instants
 
 def unfinished(folder):
@@ -140,7 +151,7 @@ def kill_rounds(rounds, seed):
                 time.sleep(rng.uniform(0.05, 0.8))
                 if counts['kills']%2: # every other time a random moment after a save has begun
                     wait_for_a_save(killed, child, before)
-                    time.sleep(rng.uniform(0, 0.015))
+                    time.sleep(rng.uniform(0, 0.004))
                 os.kill(child, signal.SIGKILL)
             is_finished = end(child)
             if not is_finished:
@@ -159,4 +170,5 @@ if __name__=='__main__':
     else:
         from resnet_cifar.cli import main
         use_sample()
+        if 'FAULTY_SIGNAL' in os.environ: signal_at(*map(int, os.environ['FAULTY_SIGNAL'].split()))
         sys.exit(main(sys.argv[1:]))

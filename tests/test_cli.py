@@ -152,6 +152,7 @@ def test_no_pytorch_before_it_is_needed(material):
     program = f'''
 import sys
 import resnet_cifar
+from resnet_cifar.cli import main
 for words in {lines!r}:
     try: main(words.split())
     except SystemExit as end: assert end.code==0

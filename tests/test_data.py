@@ -11,10 +11,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional as TF
 
-from resnet_cifar.data import (
-    BatchLoader, CIFAR10_MEAN, CIFAR10_STD, CLASSES, load_cifar10, normalize,
-    plan_epoch, sample_cifar10, show_images, split_train_valid,
-)
+from resnet_cifar.data import CIFAR10_MEAN, CIFAR10_STD, CLASSES, BatchLoader, load_cifar10, normalize, plan_epoch, sample_cifar10, show_images, split_train_valid
 from resnet_cifar.facts import Facts, facts_of, inputs_for, loader_for
 from resnet_cifar.models import create_model
 
@@ -138,6 +135,7 @@ def test_workers_under_spawn(command, tmp_path):
     "Where processes are not forked (macOS, Windows) workers give the same batches."
     (tmp_path/'program.py').write_text("""
 import torch
+from resnet_cifar.data import BatchLoader, sample_cifar10
 if __name__=='__main__':
     torch.multiprocessing.set_start_method('spawn')
     s = sample_cifar10()
@@ -151,6 +149,7 @@ def test_a_program_ends_while_workers_run(tmp_path):
     "They ignore the signals that stop a run, so that the main process must end them; and a signal to all does not end them."
     code = """
 import sys, time
+from resnet_cifar.data import BatchLoader, sample_cifar10
 s = sample_cifar10()
 batches = iter(BatchLoader(s.train_images, s.train_labels, 32, train=True, num_workers=2))
 try:

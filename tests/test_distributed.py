@@ -126,7 +126,8 @@ with join('cpu') as ranks:
 use_sample()
 trainer.run(small(sys.argv[1], **json.loads(sys.argv[2])))
 """
-SETTINGS = dict(num_epochs=8, limit_train=400, ema_decay=0.9, lr_scheduler='CosineAnnealingLR', num_workers=1)
+SETTINGS = dict(num_epochs=3, ema_decay=0.9, lr_scheduler='CosineAnnealingLR') # four steps an epoch, and one look at the validation images
+LONG = SETTINGS | dict(num_epochs=60, limit_train=400, num_workers=1)
 
 
 @pytest.fixture(scope='module')
@@ -152,7 +153,7 @@ def test_two_processes_compute_what_one_does(program):
 
 def test_one_process_prints_and_writes(program):
     printed, folder = program
-    assert printed.count('epoch   7 (8/8)')==printed.count('expected')==1 and re.search('^device .* 1 thread in each of 2 processes', printed, re.M), printed
+    assert printed.count('epoch   2 (3/3)')==printed.count('expected')==1 and re.search('^device .* 1 thread in each of 2 processes', printed, re.M), printed
     assert json.loads((folder/'config.json').read_text())['processes']==2
 
 
@@ -171,10 +172,10 @@ def no_process_stays():
             except ProcessLookupError: pass
 
 
-def launch(argv, *flags, ranks=2):
+def launch(argv, *flags, ranks=2, **environment):
     "The command under torchrun, on the sample; torchrun makes a group of each process."
     process = subprocess.Popen([*TORCHRUN, *(flags or ['--standalone']), '--nproc_per_node', str(ranks), FAULTY, 'train', *argv],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV | environment, start_new_session=True)
     started.append([process.pid])
     return process
 
@@ -220,27 +221,41 @@ ENDS = { # name -> what to do to the launcher, its exit code, whether the run is
     'all are killed': (kill_all, -signal.SIGKILL, False)}
 
 
-@pytest.mark.parametrize('names, num_epochs', [(('rank 1 is stopped',), 8), pytest.param(tuple(ENDS), 40, marks=pytest.mark.long)], ids=['some', 'all'])
-def test_nothing_is_lost(tmp_path, whole, names, num_epochs):
+STOPPED = r'^stopped; \S+ holds \d+ finished epochs( and \d+ steps of the next)?: the same command with --resume auto continues it$'
+
+
+def unchanged(folder):
+    "Whether nothing that the bits depend on was noted as changed; sources somebody may edit while the tests run."
+    return [line for line in json.loads((folder/'config.json').read_text()).get('changed', []) if not line.startswith('sources')]==[]
+
+
+def test_a_signal_to_one_stops_all(tmp_path, whole):
+    "Rank 1 gets it before the second step of the second epoch; rank 0 saves, and the run continues with the bits of the one that was not stopped."
+    folder = tmp_path/'cut'
+    _, err = ended(launch(words(folder, **SETTINGS), FAULTY_SIGNAL=f'1 9 {int(signal.SIGTERM)}'), 1)
+    assert len(re.findall(STOPPED, err, re.M))==1 and re.findall(r'exitcode +: (-?\d+)', err)==['143', '143'], err
+    content = load_checkpoint(folder/'last.ckpt')
+    assert content['epoch']==1 and 0 < len(content['progress']['counts']) < 4 and content['progress']['counts'][0]==50
+    ended(launch([*words(folder, **SETTINGS), '--resume', 'auto']), 0)
+    assert outcome(folder)==outcome(whole) and unchanged(folder)
+
+
+@pytest.mark.long
+def test_nothing_is_lost(tmp_path):
     "One run, ended in several ways one after the other, always resumed: the bits of the run that was not."
-    settings = SETTINGS | dict(num_epochs=num_epochs)
-    if num_epochs!=SETTINGS['num_epochs']:
-        whole = tmp_path/'whole'
-        ended(launch(words(whole, **settings)), 0)
-    argv = [*words(tmp_path/'cut', **settings), '--resume', 'auto']
-    for name in names:
-        act, code, is_saved = ENDS[name]
+    whole, cut = tmp_path/'whole', tmp_path/'cut'
+    ended(launch(words(whole, **LONG)), 0)
+    argv = [*words(cut, **LONG), '--resume', 'auto']
+    for name, (act, code, is_saved) in ENDS.items():
         process = launch(argv)
         wait_for(process, 'epoch')
         act(process)
         _, err = ended(process, code)
-        assert len(re.findall(r'^stopped; \S+ holds \d+ finished epochs( and \d+ steps of the next)?: the same command with --resume auto continues it$', err, re.M))==is_saved, (name, err)
-        load_checkpoint(tmp_path/'cut'/'last.ckpt') # whole
-        assert not (tmp_path/'cut'/'result.json').exists(), f'{name}: too late to be a test'
+        assert len(re.findall(STOPPED, err, re.M))==is_saved, (name, err)
+        load_checkpoint(cut/'last.ckpt') # whole
+        assert not (cut/'result.json').exists(), f'{name}: too late to be a test'
     ended(launch(argv), 0)
-    assert outcome(tmp_path/'cut')==outcome(whole)
-    changed = json.loads((tmp_path/'cut'/'config.json').read_text()).get('changed', [])
-    assert [line for line in changed if not line.startswith('sources')]==[] # those somebody may edit while the tests run
+    assert outcome(cut)==outcome(whole) and unchanged(cut)
 
 
 def test_one_process_resumes_what_two_began(tmp_path, whole, monkeypatch):
@@ -248,10 +263,10 @@ def test_one_process_resumes_what_two_began(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(preparation, 'load_cifar10', None)
     use_sample()
     for name in ('last.ckpt', 'best.ckpt', 'config.json'): (tmp_path/name).write_bytes((whole/name).read_bytes())
-    trainer.run(small(tmp_path, **SETTINGS | dict(num_epochs=9)), resume='auto')
+    trainer.run(small(tmp_path, **SETTINGS | dict(num_epochs=4)), resume='auto')
     (history, _), (expected, _) = outcome(tmp_path), outcome(whole)
-    assert history[:8]==expected and len(history)==9
-    assert json.loads((tmp_path/'config.json').read_text())['changed'][-1]=='--num_epochs 9: was 8 for the first 8 epochs'
+    assert history[:3]==expected and len(history)==4
+    assert json.loads((tmp_path/'config.json').read_text())['changed'][-1]=='--num_epochs 4: was 3 for the first 3 epochs'
     assert any(line.startswith('processes: 2 before, 1 now') for line in json.loads((tmp_path/'config.json').read_text())['changed'])
 
 
@@ -266,7 +281,7 @@ def test_what_is_wrong_ends_all(tmp_path, wrong, text):
 @pytest.mark.long
 def test_four_processes_are_started_again(tmp_path):
     "`--max-restarts` resumes although the command says --overwrite. (From three on, sums depend on how messages are laid out; from four on, not everybody talks to everybody.)"
-    settings = SETTINGS | dict(batch_size=60, num_epochs=3)
+    settings = LONG | dict(batch_size=60, num_epochs=12)
     ended(launch(words(tmp_path/'whole', **settings), ranks=4), 0)
     process = launch([*words(tmp_path/'cut', **settings), '--overwrite'], '--standalone', '--max-restarts', '1', ranks=4)
     wait_for(process, 'epoch   0')

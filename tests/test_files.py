@@ -12,10 +12,7 @@ import zipfile
 
 import pytest
 
-from resnet_cifar.files import (
-    check_seal, locked, read_json, replacing, require_output_file,
-    require_writable_folder, seal, write_json,
-)
+from resnet_cifar.files import check_seal, locked, read_json, replacing, require_output_file, require_writable_folder, seal, write_json
 
 
 def names(folder): return sorted(path.name for path in folder.iterdir())
@@ -116,6 +113,7 @@ def test_a_seal_is_a_comment_of_the_archive():
 
 HOLDER = '''
 import os, sys, time
+from resnet_cifar.files import locked
 with locked(sys.argv[1]):
     if len(sys.argv) > 2 and not os.fork(): time.sleep(60) # a background process, as of a DataLoader
     print('mine', flush=True)
@@ -175,6 +173,7 @@ def test_many_at_once(tmp_path):
     program = '''
 import sys, time
 from pathlib import Path
+from resnet_cifar.files import locked
 count = Path(sys.argv[1])
 for _ in range(20):
     with locked(count.with_name('.lock'), wait=''):

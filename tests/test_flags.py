@@ -8,9 +8,7 @@ import threading
 
 import pytest
 
-from resnet_cifar.flags import (
-    comments_of, did_you_mean, exit_code, one_line_errors, parse_flags,
-)
+from resnet_cifar.flags import comments_of, did_you_mean, exit_code, one_line_errors, parse_flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +105,7 @@ def test_the_signal_handler_is_as_before():
 
 PROGRAM = '''
 import sys, time
+from resnet_cifar.flags import one_line_errors
 @one_line_errors
 def main(argv):
     print('started', flush=True)

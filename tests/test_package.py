@@ -77,7 +77,7 @@ def is_generated(function): return function.__code__.co_filename.startswith('<')
 
 
 def test_wheel_trains(installed, cifar10_root, tmp_path):
-    done = python(installed, None, '-m', 'resnet_cifar.trainer', '--root', str(cifar10_root), '--ckpt_dir', str(tmp_path/'run'), '--width', '4',
+    done = python(installed, None, '-m', 'resnet_cifar.trainer', '--root', str(cifar10_root), '--ckpt_dir', str(tmp_path/'run'), '--width', '8', # narrower channels_last networks crash in oneDNN on processors with AVX2 alone (PyTorch 2.14)
                   '--limit_train', '256', '--limit_test', '100', '--valid_size', '100', '--num_epochs', '1')
     assert done.returncode==0, done.stderr
     assert 'test accuracy' in done.stdout

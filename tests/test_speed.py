@@ -18,8 +18,7 @@ from resnet_cifar.data import BatchLoader
 from resnet_cifar.models import ResNet, create_model
 from resnet_cifar.optimizers import EMA
 from resnet_cifar.speed import PatchGradients, with_patch_gradients
-from resnet_cifar.evaluation import Metrics
-from resnet_cifar.training import Callback, fit, Progress, train_step
+from resnet_cifar.training import Callback, Metrics, Progress, fit, train_step
 
 
 # ---------------------------------------------------------------- waiting for a GPU
