@@ -24,7 +24,7 @@ from torch.nn.functional import nll_loss
 from torch.nn.parallel import DistributedDataParallel
 
 from .evaluation import Metrics, evaluate, evaluating, log_probabilities, pick_device
-from .training import Callback, TrainState
+from .training import Callback
 
 # %% ../nbs/build/16_distributed.ipynb #rank_and_world_size
 def rank_and_world_size()->tuple[int, int]: # (0, 1) without torchrun
@@ -60,7 +60,7 @@ class Ranks:
         yield
         if not self.rank: self.barrier()
 
-    def from_first(self, value:object)->object:
+    def from_first(self, value):
         "The value of rank 0, in all processes."
         values = [value]
         if self.world_size > 1:
@@ -92,7 +92,7 @@ class Ranks:
 # %% ../nbs/build/16_distributed.ipynb #AcrossRanks
 class AcrossRanks(Callback):
     "After each step: loss, correct predictions and images of all processes."
-    def after_step(self, state:TrainState)->None:
+    def after_step(self, state)->None:
         "Take the mean of the losses, and the sums of the others."
         progress, world_size = state.progress, dist.get_world_size()
         loss = progress.losses[-1].double()/world_size

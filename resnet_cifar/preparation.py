@@ -103,7 +103,7 @@ def validation_images(
     ckpt:str|os.PathLike, # a checkpoint or run folder, or anybody's weights
     dataset:CIFAR10,      # from `load_cifar10`
 )->tuple|None:            # (images, labels)
-    "What the run of a checkpoint set aside; `None` where nothing was, or nobody knows."
+    "What the run of a checkpoint set aside; `None` if nothing was, or it is not known."
     try: valid_size = load_checkpoint(ckpt)['config']['valid_size']
     except (OSError, ValueError, KeyError): return None
     if not valid_size: return None

@@ -23,7 +23,7 @@ from .run_folder import sources_digest
 def _package(): return Path(resnet_cifar.__file__).resolve().parent # behind any link
 
 def _git(*words):
-    "What git says about the checkout that the package is in."
+    "What git reports about the checkout that the package is in."
     options = dict(cwd=_package(), capture_output=True, text=True, check=True)
     try: done = subprocess.run(['git', *words], **options)
     except (OSError, subprocess.CalledProcessError):

@@ -118,14 +118,14 @@ def train_and_test(
             was_stopped = watch.number or isinstance(error, KeyboardInterrupt)
             if is_second or not was_stopped: raise
             number = watch.number or signal.SIGINT
-            if ranks.rank: raise SystemExit(128 + number) from None # one of them says it
+            if ranks.rank: raise SystemExit(128 + number) from None # one of them prints it
             raise _stopped(config, state, number) from None
         finally: loaders[0].close() # now, or its background processes may stay
 
 # %% ../nbs/build/18_trainer.ipynb #run
 @contextlib.contextmanager
 def _memory_advice(config):
-    "Running out of memory says what to try."
+    "An error for lack of memory suggests what to try."
     try: yield
     except Exception as e:
         is_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
@@ -136,8 +136,8 @@ def _memory_advice(config):
                           f'try {smaller}') from None
 
 def _look(ranks, folder, config, resume, overwrite):
-    "What is there; what torchrun has started anew continues, whatever the flags say."
-    if ranks.rank: return None # the first one tells the others
+    "What is there; after a restart by torchrun it is continued, whatever the flags."
+    if ranks.rank: return None # it comes from the first one
     is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     is_given_up = overwrite and folder.has('result.json')
     if is_restart and folder.has('last.ckpt', 'previous.ckpt') and not is_given_up:
@@ -176,7 +176,7 @@ def run(
             state, callbacks = build(config, loaders[0], callbacks, found)
             begun -= sum(row['seconds'] for row in state.history)
             if state.progress is not None: begun -= state.progress.earlier
-            # 3 say
+            # 3 plan
             before = time.monotonic()
             for label, text in plan(state, config, loaders, ranks.world_size):
                 print(f'{label:12} {text}', flush=True)
