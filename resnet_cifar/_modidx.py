@@ -184,6 +184,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'resnet_cifar/distributed.py'),
                                           'resnet_cifar.distributed._leave': ( 'build/distributed.html#_leave',
                                                                                'resnet_cifar/distributed.py'),
+                                          'resnet_cifar.distributed._meet': ('build/distributed.html#_meet', 'resnet_cifar/distributed.py'),
                                           'resnet_cifar.distributed.join': ('build/distributed.html#join', 'resnet_cifar/distributed.py'),
                                           'resnet_cifar.distributed.rank_and_world_size': ( 'build/distributed.html#rank_and_world_size',
                                                                                             'resnet_cifar/distributed.py')},

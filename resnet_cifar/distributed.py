@@ -24,7 +24,7 @@ from torch.nn.functional import nll_loss
 from torch.nn.parallel import DistributedDataParallel
 
 from .evaluation import Metrics, evaluate, evaluating, log_probabilities, pick_device
-from .training import Callback
+from .training import Callback, TrainState
 
 # %% ../nbs/build/16_distributed.ipynb #rank_and_world_size
 def rank_and_world_size()->tuple[int, int]: # (0, 1) without torchrun
@@ -60,7 +60,7 @@ class Ranks:
         yield
         if not self.rank: self.barrier()
 
-    def from_first(self, value):
+    def from_first(self, value:object)->object:
         "The value of rank 0, in all processes."
         values = [value]
         if self.world_size > 1:
@@ -92,7 +92,7 @@ class Ranks:
 # %% ../nbs/build/16_distributed.ipynb #AcrossRanks
 class AcrossRanks(Callback):
     "After each step: loss, correct predictions and images of all processes."
-    def after_step(self, state)->None:
+    def after_step(self, state:TrainState)->None:
         "Take the mean of the losses, and the sums of the others."
         progress, world_size = state.progress, dist.get_world_size()
         loss = progress.losses[-1].double()/world_size
@@ -103,6 +103,15 @@ class AcrossRanks(Callback):
         progress.counts[-1] *= world_size
 
 # %% ../nbs/build/16_distributed.ipynb #join
+def _meet(ranks):
+    "Through torchrun's store; it still holds the addresses of earlier attempts."
+    server = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    attempt = os.environ['TORCHELASTIC_RESTART_COUNT']
+    store = dist.PrefixStore(f'attempt {attempt}', dist.TCPStore(*server))
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+    dist.init_process_group(backend, store=store, rank=ranks.rank,
+                            world_size=ranks.world_size)
+
 def _leave(): # Gloo's threads would outlive Python, and DDP's, which are in a ring
     gc.collect()
     dist.destroy_process_group()
@@ -119,8 +128,7 @@ def join(
     if pick_device(device).type=='cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     if not dist.is_initialized(): # one program may train several times
-        has_gpu = torch.cuda.is_available()
-        dist.init_process_group('cpu:gloo,cuda:nccl' if has_gpu else 'gloo')
+        _meet(ranks)
         atexit.register(_leave)
     stdout = io.StringIO() if ranks.rank else sys.stdout
     with contextlib.redirect_stdout(stdout): yield ranks
@@ -165,10 +173,11 @@ class SignalWatch:
 
     def check(self)->None:
         "Raise `Stopped` if one of the processes has got a signal."
-        self.number = self.ranks.highest(self.number)
-        if not self.number: return
+        number = self.ranks.highest(self.number)
+        if not number: return # one that has come since then is heeded the next time
+        self.number = number
         self.is_between_steps = True
-        raise Stopped(self.number)
+        raise Stopped(number)
 
     def batches(self,
         loader:Iterable, # of batches

@@ -157,7 +157,7 @@ def _step_seconds(model, optimizer, total, size, config):
     count = total
     if config.device=='cpu':
         macs = summary(model, size)[-1].macs
-        count = min(total, max(8, int(1e10/macs))) # less than a second
+        count = min(total, max(8, int(6e9/macs))) # half a second
     images, targets = _zeros(count, size, config)
     forward = patched(model, config)
 
@@ -175,7 +175,7 @@ def expected_seconds(
     loaders:tuple,      # training, validation (or `None`) and test `BatchLoader`
     world_size:int=1,   # number of processes, each with its share of a batch
 )->float:               # for the steps and evaluations that are left
-    "Time a few steps of a copy of the network at each image size, and an evaluation."
+    "Time a few steps of a copy of the network, and an evaluation."
     twin = copy.deepcopy(state.model).train()
     optimizer = make_optimizer(twin, config)
     for group in optimizer.param_groups: group['lr'] = 0.0 # so that all stays finite
@@ -186,8 +186,12 @@ def expected_seconds(
     for epoch in epochs: steps[sizes[min(epoch, len(sizes) - 1)]] += len(train)
     if state.progress is not None:
         steps[sizes[min(state.epoch, len(sizes) - 1)]] -= len(state.progress.losses)
-    share = config.batch_size//world_size
-    seconds = sum(count*_step_seconds(twin, optimizer, share, size, config)
+    total = config.batch_size//world_size
+    low, high = min(steps, default=32), max(steps, default=32)
+    least = _step_seconds(twin, optimizer, total, low, config)
+    most = least if low==high else _step_seconds(twin, optimizer, total, high, config)
+    slope = (most - least)/max(high**2 - low**2, 1) # seconds a pixel
+    seconds = sum(count*(least + slope*(size**2 - low**2))
                   for size, count in steps.items())
 
     batch = _zeros(32, 32, config)

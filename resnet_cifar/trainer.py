@@ -86,9 +86,9 @@ def _test(config, state, test, ranks, num_images, begun):
         machine=machine_text(config.device, ranks.world_size),
         versions=package_versions())
 
-def _stopped(config, state, number):
+def _stopped(config, state, number, is_saved):
     "What a stopped run ends with."
-    losses = state.progress.losses if state.progress else []
+    losses = state.progress.losses if state.progress and is_saved else []
     steps = f' and {len(losses)} steps of the next' if losses else ''
     return Stopped(number, f'stopped; {config.ckpt_dir} holds {state.epoch} finished epochs'
                            f'{steps}: the same command with --resume auto continues it')
@@ -119,7 +119,7 @@ def train_and_test(
             if is_second or not was_stopped: raise
             number = watch.number or signal.SIGINT
             if ranks.rank: raise SystemExit(128 + number) from None # one of them prints it
-            raise _stopped(config, state, number) from None
+            raise _stopped(config, state, number, watch.is_between_steps) from None
         finally: loaders[0].close() # now, or its background processes may stay
 
 # %% ../nbs/build/18_trainer.ipynb #run

@@ -43,7 +43,7 @@ def _read(path, sealed):
         raise ValueError(f'{path} {problem}') from None
 
 def read_file(
-    path:str|Path,  # safetensors, what `torch.save` wrote, or a folder with one
+    path:str|Path,         # safetensors, what `torch.save` wrote, or a folder with one
     sealed:bool=False,     # reject a file that does not end with our checksum
     set_aside:bool=False,  # rename a damaged `last.ckpt` to `last.ckpt.damaged`
 )->object:                 # its content, tensors on the CPU; safetensors: `model`
@@ -159,7 +159,7 @@ def notes_of(
 
 def save_weights(
     model:nn.Module,      # a `ResNet`; any other module is a `ValueError`
-    path:str|Path, # a `.safetensors`; its folder must exist
+    path:str|Path,        # a `.safetensors`; its folder must exist
 )->None:
     "Write weights and notes as one file, which every reader of safetensors reads."
     notes, state = notes_of(model), state_dict_of(model.state_dict())
@@ -171,13 +171,12 @@ def save_weights(
 
 def save_pretrained(
     model:nn.Module,        # as for `save_weights`
-    folder:str|Path, # made when missing; the two files in it are replaced
+    folder:str|Path,        # made when missing; the two files in it are replaced
 )->None:
     "Write `model.safetensors`, and its notes for other tools as `config.json`."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder/'model.safetensors')
-    write_json(folder/'config.json', notes_of(model))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_weights(model, Path(folder)/'model.safetensors')
+    write_json(Path(folder)/'config.json', notes_of(model))
 
 # %% ../nbs/build/14_weights.ipynb #model_from
 def model_from(
@@ -209,7 +208,7 @@ def shipped_weights(
 
 def load_model(
     path:str|Path, # a file of weights, a folder for `read_file`, or 'DEFAULT'
-)->ResNet:                # in evaluation mode, on the CPU
+)->ResNet:         # in evaluation mode, on the CPU
     "The network in a file, ready to predict; averaged weights where a run has them."
     if path=='DEFAULT': path = shipped_weights('resnet20')
     return model_from(read_file(path), path)
@@ -219,7 +218,7 @@ from_pretrained = load_model # of what `save_pretrained` wrote
 @torch.no_grad()
 def export_onnx(
     model:ResNet,           # on the CPU; left as it is
-    path:str|Path,   # the file to write; its folder must exist
+    path:str|Path,          # the file to write; its folder must exist
     *,
     normalize:bool=False,   # the graph takes pixels from 0 to 1 and normalises them
     softmax:bool=False,     # the graph gives probabilities instead of logits
@@ -242,9 +241,10 @@ def export_onnx(
         expected, output = network(images), program(images)[0] # ONNX Runtime's
         worst = worst.maximum((expected - output).abs().max()/expected.abs().max())
     if not worst < 1e-5: raise RuntimeError(f'{path} was not written: it differs by {worst:.1e}')
-    proto = program.model_proto
+    proto = program.model_proto # made anew at each call
     graph = proto.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         del part.metadata_props[:] # PyTorch notes folders of this machine there
+    proto.metadata_props.add(key='resnet_cifar', value=json.dumps(notes_of(model)))
     with replacing(path) as temporary: temporary.write_bytes(proto.SerializeToString())
     return worst.item()

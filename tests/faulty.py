@@ -75,12 +75,12 @@ def make_sample_run(monkeypatch):
 
 
 def signal_at(rank, step, number):
-    "The process of this rank gets a signal before this step of its run; evaluations count too."
+    "The process of this rank and its workers get a signal before this step of its run; evaluations count too."
     from resnet_cifar.distributed import SignalWatch, rank_and_world_size
     check, steps = SignalWatch.check, iter(range(10**6))
 
     def check_and_signal(watch):
-        if next(steps)==step and rank_and_world_size()[0]==rank: os.kill(os.getpid(), number)
+        if next(steps)==step and rank_and_world_size()[0]==rank: os.killpg(os.getpgrp(), number)
         check(watch)
     SignalWatch.check = check_and_signal
 

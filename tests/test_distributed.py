@@ -38,6 +38,16 @@ def test_a_signal_waits_for_the_next_step():
     assert signal.getsignal(signal.SIGTERM)==signal.SIG_DFL
 
 
+def test_a_signal_while_the_processes_ask_each_other_is_not_lost():
+    class Asking(Ranks):
+        def highest(self, number):
+            if number==0: signal.raise_signal(signal.SIGTERM) # after the number was read
+            return number
+    with SignalWatch(Asking()) as watch:
+        watch.check()
+        with pytest.raises(Stopped): watch.check()
+
+
 # ---------------------------------------------------------------- the numbers
 
 PROGRAM = """
@@ -252,7 +262,8 @@ def test_nothing_is_lost(tmp_path):
         wait_for(process, 'epoch')
         act(process)
         _, err = ended(process, code)
-        assert len(re.findall(STOPPED, err, re.M))==is_saved, (name, err)
+        lines = list(re.finditer(STOPPED, err, re.M)) # torchrun stops the others where one is killed
+        assert len(lines)==1 if is_saved else len(lines) <= 1 and not any(line[1] for line in lines), (name, err)
         load_checkpoint(cut/'last.ckpt') # whole
         assert not (cut/'result.json').exists(), f'{name}: too late to be a test'
     ended(launch(argv), 0)

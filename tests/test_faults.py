@@ -55,32 +55,41 @@ def test_kill_9_at_any_instant(rounds):
     assert counts['kills']==rounds and counts['runs']==counts['equal'] >= 1 and (rounds < 100 or counts['while_saving'] >= 0.3*rounds), counts
 
 
-LONG = dict(num_epochs=6, limit_train=400)
-
-@pytest.mark.parametrize('number, wait, settings', [
-    (signal.SIGTERM, 0.3, dict(num_workers=2)),
-    pytest.param(signal.SIGINT, 0.0, dict(num_workers=2, ema_decay=0.9, optimizer='SGD', lr_scheduler='OneCycleLR'), marks=pytest.mark.long), # between two epochs
-    pytest.param(signal.SIGTERM, 5.0, dict(compile=True), marks=pytest.mark.long), # while compiling
-], ids=['workers', 'between', 'compiling'])
-def test_signal_to_the_whole_group(tmp_path, number, wait, settings):
-    "As a terminal or a batch system sends it: workers and compilers get it too. All of them end, and the run continues."
-    settings = LONG | settings
-    process = start(words(tmp_path/'run', **settings), 'expected' if settings.get('compile') else 'epoch   0')
-    time.sleep(wait)
-    os.killpg(process.pid, number)
+@pytest.mark.parametrize('number, step, settings', [
+    (signal.SIGTERM, 7, dict(num_workers=2)), # four steps an epoch, each validation counts as two
+    pytest.param(signal.SIGINT, 6, dict(num_workers=2, ema_decay=0.9, optimizer='SGD', lr_scheduler='OneCycleLR'), marks=pytest.mark.long), # between two epochs
+], ids=['within', 'between'])
+def test_signal_to_the_whole_group(tmp_path, number, step, settings):
+    "As a terminal or a batch system sends it: workers get it too. All of them end, and the run continues."
+    argv = [*FAULTY, 'train', *words(tmp_path/'run', **settings)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=ENV | dict(FAULTY_SIGNAL=f'0 {step} {int(number)}'))
     _, err = process.communicate(timeout=300)
+    assert_stopped(process, err, number, tmp_path, settings)
+
+
+@pytest.mark.long
+def test_signal_while_compiling(tmp_path):
+    process = start(words(tmp_path/'run', compile=True), 'expected')
+    time.sleep(5)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert_stopped(process, err, signal.SIGTERM, tmp_path, dict(compile=True))
+
+
+def assert_stopped(process, err, number, folder, settings):
+    "Ended in order, and with the bits of a run that was not interrupted when it is resumed."
     assert process.returncode==128 + number, (process.returncode, err)
     assert 'Traceback' not in err and re.search(r'^stopped; \S+ holds \d finished epochs', err, re.M), err
-    assert session_is_empty(process.pid) and load_checkpoint(tmp_path/'run'/'last.ckpt')['epoch'] < 6
-    trainer.run(small(tmp_path/'whole', **settings))
-    trainer.run(small(tmp_path/'run', **settings), resume='auto')
-    assert outcome(tmp_path/'run')==outcome(tmp_path/'whole')
-    assert sorted(path.name for path in (tmp_path/'run').iterdir())==sorted(path.name for path in (tmp_path/'whole').iterdir())
+    assert session_is_empty(process.pid) and load_checkpoint(folder/'run'/'last.ckpt')['epoch'] < 2
+    trainer.run(small(folder/'whole', **settings))
+    trainer.run(small(folder/'run', **settings), resume='auto')
+    assert outcome(folder/'run')==outcome(folder/'whole')
+    assert sorted(path.name for path in (folder/'run').iterdir())==sorted(path.name for path in (folder/'whole').iterdir())
 
 
 def test_killed_with_workers_and_resumed_at_once(tmp_path):
     "The killed run's background processes may still live; the folder is free all the same, as it was not while the run lived."
-    settings = LONG | dict(num_workers=2, num_epochs=50)
+    settings = dict(num_workers=2, num_epochs=500)
     first = start(words(tmp_path/'run', **settings), 'epoch   0')
     with pytest.raises(FileExistsError, match='another process is training there'): trainer.run(small(tmp_path/'run', **settings), resume='auto')
     assert first.poll() is None

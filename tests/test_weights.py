@@ -359,6 +359,7 @@ def test_onnx(block, options, tmp_path):
         with torch.no_grad(): expected = net.eval()(images)
         logits = torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0])
         assert ((logits - expected).abs().max()/expected.abs().max()).item() < 1e-5
+    assert json.loads(session.get_modelmeta().custom_metadata_map['resnet_cifar'])==notes_of(net)
     assert b'site-packages' not in (tmp_path/'net.onnx').read_bytes() and b'resnet_cifar/' not in (tmp_path/'net.onnx').read_bytes()
 
 
