@@ -20,13 +20,13 @@ from torch import nn
 from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
 from .config import TrainConfig
+from .cost import training_flops
 from .data import CIFAR10, CIFAR10_MEAN, CIFAR10_STD, BatchLoader
 from .evaluation import pick_device, pick_precision
 from .models import create_model
 from .optimizers import make_optimizer
 from .speed import benchmark, compare, compile_model, kernels, machine_text
-from .speed import matmul_roof, package_versions, synchronize, training_flops
-from .speed import with_patch_gradients
+from .speed import matmul_roof, package_versions, synchronize, with_patch_gradients
 from .training import train_epoch
 
 # %% ../nbs/build/20_bench.ipynb #PlainImages
@@ -184,7 +184,7 @@ def bench(
         machine=machine, versions=package_versions(), fastest=fastest,
         steps={name: timing._asdict() for name, timing in steps.items()},
         epoch_images=num_batches*batch_size, data=data, roof_flops=roof,
-        image_flops=training_flops(model_name)) | epochs)
+        image_flops=training_flops(create_model(model_name))) | epochs)
 
 def _with_ratios(measured):
     "What was measured, and what follows from it."

@@ -137,36 +137,42 @@ class Bottleneck(nn.Module):
 
 # %% ../nbs/learn/02_blocks.ipynb #PoolBlock
 class PoolBlock(nn.Module):
-    "`h = relu(bn(pool(conv(x))))`, then `h + relu(bn(conv(h)))`: for fast learning."
+    "To halve a map `h = gelu(bn(pool(conv(x))))`; then `h + gelu(bn(conv(h)))`."
     expansion = 1 # channels out = expansion * channels
 
     def __init__(self,
         in_channels:int,        # channels of the input
-        channels:int,           # channels of both convolutions
-        stride:int=2,           # of the max pooling: 1 (none) or 2
+        channels:int,           # channels of the output
+        stride:int=2,           # 2: halve the map first; 1: the residual alone
         shortcut:str|None='B',  # 'A', 'B': add `h`, 'C': a projection of it, `None`: no
     ):
         super().__init__()
         if stride not in (1, 2):
             raise ValueError(f'stride must be 1 or 2, got {stride}')
+        if stride==1 and in_channels!=channels:
+            raise ValueError(f'stride 1 keeps {in_channels} channels, got {channels}')
+        self.halves = stride==2
+        if self.halves:
+            self.conv1 = conv3x3(in_channels, channels)
+            self.pool = nn.MaxPool2d(2)
+            self.bn1 = nn.BatchNorm2d(channels)
         self.downsample = make_shortcut(shortcut, channels, channels)
-        self.conv1 = conv3x3(in_channels, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.pool = nn.MaxPool2d(2) if stride==2 else nn.Identity()
-        self.relu = nn.ReLU(inplace=True)
+        self.act = nn.GELU()
 
     def forward(self,
         x:Tensor, # (N, in_channels, H, W)
     )->Tensor:    # (N, channels, floor(H/stride), floor(W/stride))
-        "Convolve, pool, then add the residual."
-        x = self.relu(self.bn1(self.pool(self.conv1(x))))
-        out = self.relu(self.bn2(self.conv2(x)))
+        "Halve the map if asked to, then add the residual."
+        if self.halves: x = self.act(self.bn1(self.pool(self.conv1(x))))
+        out = self.act(self.bn2(self.conv2(x)))
         return out if self.downsample is None else out + self.downsample(x)
 
-    def zero_init_last(self)->None:
-        "Change nothing: behind a scale of 0, ReLU would pass no gradient."
+    def init_identity(self)->None:
+        "Let filter number i begin by passing on channel number i, if there is one."
+        for conv in [self.conv1, self.conv2] if self.halves else [self.conv2]:
+            nn.init.dirac_(conv.weight[:conv.in_channels])
 
 # %% ../nbs/learn/02_blocks.ipynb #init_weights
 def init_weights(
@@ -180,6 +186,6 @@ def init_weights(
         if isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
-    if not zero_init_residual: return
     for m in module.modules():
-        if hasattr(m, 'zero_init_last'): m.zero_init_last()
+        if hasattr(m, 'init_identity'): m.init_identity()
+        if zero_init_residual and hasattr(m, 'zero_init_last'): m.zero_init_last()

@@ -54,7 +54,7 @@ class EvaluateFlags(NetworkFlags):
     "Measure a trained network on the test images."
     root:str='./data/datasets' # folder of the data
     report:str|None=None # write report.html and metrics.json into this folder
-    tta:bool=False # also average each image with its mirror image
+    tta:bool=False # also average two and six views of each image: mirrored, and moved by a pixel
     limit_test:int|None=setting(None, limits=(1, 10_000)) # only the first N test images
     skip_checksum:bool=False # take other pixels in CIFAR-10's form
 
@@ -83,9 +83,9 @@ def _evaluate(flags):
     metrics = evaluate(model, loader, precision=precision)
     print(f'test accuracy {metrics.accuracy:.4f}, loss {metrics.loss:.4f} '
           f'({len(images):,} images, {precision})', flush=True)
-    if flags.tta:
-        mirror = evaluate(model, loader, precision=precision, views=2).accuracy
-        print(f'with mirror images averaged {mirror:.4f}')
+    for views, name in ((2, 'mirror images'), (6, 'six views')) if flags.tta else ():
+        accuracy = evaluate(model, loader, precision=precision, views=views).accuracy
+        print(f'with {name} averaged {accuracy:.4f}')
     for row in class_table(metrics.confusion): print('  {:12}{:>7}{:>8}{:>11}  {}'.format(*row))
     if flags.report is not None:
         exam = examine(model, images, labels, precision=precision, tta=flags.tta,

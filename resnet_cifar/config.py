@@ -52,7 +52,7 @@ MODELS = (
     'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet20',
     'resnet32', 'resnet44', 'resnet56', 'resnet110', 'plain18', 'plain34',
     'plain50', 'plain101', 'plain152', 'plain20', 'plain32', 'plain44', 'plain56',
-    'plain110', 'resnet8')
+    'plain110', 'resnet10')
 OPTIMIZERS = ('SGD', 'Adam', 'AdamW', 'Muon')
 SCHEDULERS = ('CosineAnnealingLR', 'OneCycleLR', 'StepLR', 'LinearWarmupCosine', 'none')
 
@@ -76,10 +76,15 @@ class TrainConfig:
     lr:float=setting(0.001, schedule=True, limits=(1e-9, 100)) # peak learning rate
     optimizer:str=setting('AdamW', 'fixed', allowed=OPTIMIZERS) # Muon is for the filters, with
     # SGD for the rest
+    bias_lr:float|None=setting(None, schedule=True, limits=(1e-9, 10**5)) # Muon: peak rate of
+    # biases; left out: 0.053 times the batch size
+    scale_lr:float=setting(0.0, 'fixed', limits=(0, 10**5)) # Muon: peak rate of batch norms' scales
+    head_lr:float=setting(0.01, schedule=True, limits=(1e-9, 100)) # Muon: peak rate of the head,
+    # the classifier
     momentum:float=setting(0.9, schedule=True, limits=(0, 1)) # of SGD and Muon
     nesterov:bool=setting(True, 'fixed') # SGD's momentum looks a step ahead (Muon's always does)
     weight_decay:float=setting(0.01, schedule=True, limits=(0, 100)) # 0.01 suits AdamW, 0.0005
-    # suits SGD; Muon's is for what is no filter
+    # suits SGD; Muon: the share of biases and head that a step at the peak rate takes away
     norm_weight_decay:bool=setting(True, 'fixed') # also for batch norms and the classifier's bias
     lr_scheduler:str=setting('CosineAnnealingLR', 'fixed', allowed=SCHEDULERS) # of the learning
     # rate, by its name in PyTorch
@@ -106,7 +111,7 @@ class TrainConfig:
     limit_train:int|None=setting(None, 'between epochs', True, limits=(1, 50_000)) # use the
     # first N training images only
     limit_test:int|None=setting(None, 'free', limits=(1, 10_000)) # only the first N test images
-    tta:bool=setting(False, 'free') # test also with each image and its mirror image averaged
+    tta:bool=setting(False, 'free') # test also with two and six views of each image averaged
     precision:str=setting('auto', allowed=('auto', 'fp32', 'bf16')) # auto: bf16 where the
     # machine computes with it, else fp32
     channels_last:bool=setting(True) # memory format of images and weights; nearly always faster
@@ -144,18 +149,17 @@ def _conflicts(config):
 
 # %% ../nbs/build/11_config.ipynb #RECIPES
 _FAST = dict( # what the recipes have in common
-    optimizer='Muon', momentum=0.6, weight_decay=5e-4, lr_scheduler='OneCycleLR',
-    pct_start=0.01, whiten=True, transform=True, alternating_flips=True,
-    valid_size=0, num_workers=0, tta=True)
+    optimizer='Muon', lr=0.12, momentum=0.6, weight_decay=0.007, batch_size=500,
+    lr_scheduler='OneCycleLR', pct_start=0.01, label_smoothing=0.2, whiten=True,
+    transform=True, crop_padding=2, alternating_flips=True, valid_size=0,
+    num_workers=0, tta=True)
 RECIPES = {
     'speedrun': TrainConfig(
-        **_FAST, model_name='resnet8', lr=0.15, batch_size=250, num_epochs=9,
-        image_sizes=(16, 16, 24, 24, 24, 24, 28, 32, 32), label_smoothing=0.2,
-        crop_padding=2, ckpt_dir='./checkpoints/speedrun'),
+        **_FAST, model_name='resnet10', num_epochs=8,
+        image_sizes=(24, 24, 28, 28, 32), ckpt_dir='./checkpoints/speedrun'),
     'resnet18': TrainConfig(
-        **_FAST, model_name='resnet18', lr=0.24, batch_size=500, num_epochs=25,
-        image_sizes=(16,)*5 + (24,)*8 + (32,), label_smoothing=0.1,
-        ckpt_dir='./checkpoints/resnet18'),
+        **_FAST, model_name='resnet18', num_epochs=20,
+        image_sizes=(24,)*4 + (28,)*2 + (32,), ckpt_dir='./checkpoints/resnet18'),
 }
 
 # %% ../nbs/build/11_config.ipynb #config_from_dict

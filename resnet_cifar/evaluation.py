@@ -71,22 +71,32 @@ def evaluating(
         for module, training in modes: module.training = training
 
 # %% ../nbs/learn/05_evaluation.ipynb #log_probabilities
+def _variants(images, views): # (weight, images) of each view
+    variants = [(1.0, images)]
+    if views==6:
+        padded = F.pad(images, (1, 1, 1, 1), mode='reflect')
+        moved = padded[..., :-2, :-2], padded[..., 2:, 2:]
+        variants = [(0.5, images), (0.25, moved[0]), (0.25, moved[1])]
+    if views==1: return variants
+    return [(weight/2, x) for weight, both in variants for x in (both, both.flip(3))]
+
 @torch.no_grad()
 def _log_p(model, images, precision, views):
-    if views==2: # the mean of two probabilities
-        both = [_log_p(model, x, precision, 1) for x in (images, images.flip(3))]
-        return torch.logaddexp(*both) - math.log(2)
-    with autocast(images.device, precision): logits = model(images)
-    return logits.float().log_softmax(1)
+    parts = []
+    for weight, variant in _variants(images, views):
+        with autocast(images.device, precision): logits = model(variant)
+        parts.append(logits.float().log_softmax(1) + math.log(weight))
+    return torch.stack(parts).logsumexp(0) if views > 1 else parts[0]
 
 def log_probabilities(
     model:nn.Module,       # gives logits
     batches:Iterable,      # of (images, targets), or of images
     *, precision:str='fp32', # 'fp32' or 'bf16'
-    views:int=1,           # 2: the mean for an image and its mirror image
+    views:int=1,           # 2: the mean for an image and its mirror image;
+                           # 6: both also moved by a pixel, two ways
 )->tuple[Tensor, Tensor|None]: # float32 (N, classes) and targets (N,), on the CPU
     "Logarithms of the probabilities in evaluation mode, and the true classes."
-    if views not in (1, 2): raise ValueError(f'views must be 1 or 2, got {views}')
+    if views not in (1, 2, 6): raise ValueError(f'views must be 1, 2 or 6, got {views}')
     log_p, targets = [], []
     with evaluating(model):
         for batch in batches:

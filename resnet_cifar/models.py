@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Architecture', 'ResNet', 'create_model', 'register', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152',
-           'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet8', 'list_models', 'whiten_stem',
+           'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet10', 'list_models', 'whiten_stem',
            'StageSummary', 'summary']
 
 # %% ../nbs/learn/03_models.ipynb #imports-export
@@ -29,29 +29,36 @@ _REGISTRY = {} # name of a network -> its `Architecture`
 
 def _is_count(value, most): return type(value) is int and 1 <= value <= most
 
+def _are_counts(values, most): # one for each stage
+    is_list = isinstance(values, (list, tuple)) and len(values) in (3, 4)
+    return is_list and all(_is_count(value, most) for value in values)
+
 @dataclass(frozen=True)
 class Architecture:
     "The arguments of a `ResNet` as plain values, which a file can hold."
     block:str             # name of the block's class
     layers:tuple          # blocks in each stage
     num_classes:int=10    # length of the logits
-    width:int=64          # channels of the first stage
+    width:int|tuple=64    # channels of the first stage, doubled later on; or of each
     shortcut:str|None='B' # option of the paper, or `None`
     stem:str='cifar'      # 'cifar', 'imagenet' or 'patch'
 
     def __post_init__(self):
-        is_list = isinstance(self.layers, (list, tuple)) and len(self.layers) in (3, 4)
-        are_layers = is_list and all(_is_count(count, 250) for count in self.layers)
+        are_layers = _are_counts(self.layers, 250)
+        are_widths = (_are_counts(self.width, 4096) and are_layers
+                      and len(self.width)==len(self.layers))
         for name, allowed, is_valid in (
             ('layers', 'three or four numbers from 1 to 250', are_layers),
             ('num_classes', 'from 1 to 1,000,000', _is_count(self.num_classes, 10**6)),
-            ('width', 'from 1 to 4,096', _is_count(self.width, 4096)),
+            ('width', 'from 1 to 4,096, one number or one for each stage',
+             are_widths or _is_count(self.width, 4096)),
             ('shortcut', "'A', 'B', 'C' or None", self.shortcut in [*'ABC', None]),
             ('stem', 'one of ' + ', '.join(_STEMS), self.stem in [*_STEMS])):
             value = getattr(self, name)
             if is_valid: continue
             raise ValueError(f'{name} must be {allowed}, got {value!r:.80}')
         object.__setattr__(self, 'layers', tuple(self.layers)) # files hold lists
+        if are_widths: object.__setattr__(self, 'width', tuple(self.width))
 
     @classmethod
     def from_dict(cls,
@@ -63,9 +70,10 @@ class Architecture:
         if is_whole and values['block'] in [*_BLOCKS]: return cls(**values)
         raise ValueError(f'{values!r:.80} describes no ResNet')
 
-    def to_dict(self)->dict: # `layers` as a list
+    def to_dict(self)->dict: # lists instead of tuples
         "The fields and their values."
-        return asdict(self) | dict(layers=list(self.layers))
+        pairs = asdict(self).items()
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}
 
     def build(self, **kwargs)->'ResNet':
         "A network with random weights; any argument of `ResNet` may be given anew."
@@ -74,17 +82,14 @@ class Architecture:
         if block not in _BLOCKS: raise ValueError(f'{block} is no block of ours')
         return ResNet(_BLOCKS[block], **values)
 
-    def __str__(self): return _in_words(self)
+    def __str__(self): # such as 'resnet18 with 10 classes, width 8'
+        def unusual(name):
+            usual = vars(_REGISTRY[name]) | dict(num_classes=self.num_classes)
+            pairs = vars(self).items()
+            return [f'{field} {value}' for field, value in pairs if value!=usual[field]]
 
-def _in_words(architecture): # such as 'resnet18 with 10 classes, width 8'
-    def unusual(name):
-        usual = vars(_REGISTRY[name]) | dict(num_classes=architecture.num_classes)
-        pairs = vars(architecture).items()
-        return [f'{field} {value}' for field, value in pairs if value!=usual[field]]
-
-    name = min(_REGISTRY, key=lambda name: len(unusual(name)))
-    words = [f'{architecture.num_classes} classes', *unusual(name)]
-    return f'{name} with ' + ', '.join(words)
+        name = min(_REGISTRY, key=lambda name: len(unusual(name)))
+        return ', '.join([f'{name} with {self.num_classes} classes', *unusual(name)])
 
 # %% ../nbs/learn/03_models.ipynb #ResNet
 class ResNet(nn.Module):
@@ -94,7 +99,8 @@ class ResNet(nn.Module):
         block:type,         # `BasicBlock`, `Bottleneck`, `PoolBlock` or your own
         layers:tuple,       # blocks in each of the three or four stages
         num_classes:int=10, # length of the logits
-        width:int=64,       # channels of the first stage, doubled in each later one
+        width:int|tuple=64, # channels of the first stage, doubled in each later one;
+                            # or of each stage
         *,
         shortcut:str|None='B', # the paper's option 'A', 'B' or 'C'; `None`: plain
         stem:str='cifar',   # 'cifar': 3x3; 'imagenet': 7x7 and pooling, a quarter of
@@ -104,18 +110,19 @@ class ResNet(nn.Module):
         super().__init__()
         self.architecture = Architecture(
             block.__name__, layers, num_classes, width, shortcut, stem)
-        in_channels = 24 if stem=='patch' else width # 24: see `whiten_stem`
+        if isinstance(width, int): width = [width*2**i for i in range(len(layers))]
+        is_patch = stem=='patch' # whitened patches need no batch norm
+        in_channels = 24 if is_patch else width[0] # 24: see `whiten_stem`
         self.conv1 = nn.Conv2d(3, in_channels, *_STEMS[stem], bias=False)
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.bn1 = nn.Identity() if is_patch else nn.BatchNorm2d(in_channels)
+        self.act1 = nn.GELU() if is_patch else nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem=='imagenet' else nn.Identity()
         for stage, num_blocks in enumerate(layers):
-            channels = width*2**stage
-            stride = 1 if stage==0 and stem!='patch' else 2
-            blocks = [block(in_channels, channels, stride, shortcut)]
-            in_channels = channels*block.expansion
+            stride = 1 if stage==0 and not is_patch else 2
+            blocks = [block(in_channels, width[stage], stride, shortcut)]
+            in_channels = width[stage]*block.expansion
             for _ in range(1, num_blocks):
-                blocks.append(block(in_channels, channels, 1, shortcut))
+                blocks.append(block(in_channels, width[stage], 1, shortcut))
             self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
         self.num_stages = len(layers)
         self.num_features = in_channels
@@ -127,7 +134,7 @@ class ResNet(nn.Module):
         x:Tensor, # (N, 3, H, W), normalised pixels
     )->Tensor:    # (N, num_features, h, w); 4x4 for four stages at 32x32
         "The last stage's feature map."
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         for stage in range(self.num_stages): x = getattr(self, f'layer{stage + 1}')(x)
         return x
 
@@ -217,7 +224,8 @@ _REGISTRY |= {name.replace('resnet', 'plain'): replace(architecture, shortcut=No
 
 # %% ../nbs/learn/03_models.ipynb #resnet8
 @register
-def resnet8(): return Architecture('PoolBlock', (1, 1, 1), width=80, stem='patch')
+def resnet10():
+    return Architecture('PoolBlock', (1, 2, 2), width=(96, 192, 192), stem='patch')
 
 # %% ../nbs/learn/03_models.ipynb #list_models
 def list_models()->list[str]: # names that `create_model` takes

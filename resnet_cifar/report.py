@@ -124,7 +124,7 @@ class Examination(NamedTuple):
     targets: Tensor          # int64 (N,)
     probabilities: Tensor    # float32 (N, classes)
     metrics: Metrics         # of the plain network
-    tta_accuracy: float|None # with mirror images averaged, where asked for
+    views: dict              # number of averaged views, 2 and 6 -> accuracy, where asked for
     calibrations: dict       # 'as trained', and 'T = …' where a temperature was fitted
     temperature: float|None  # fitted on the validation images
     corruptions: dict        # from `corruption_accuracy`
@@ -138,25 +138,25 @@ def examine(
     *,
     valid:tuple|None=None,  # (images, targets) not trained on, to fit the temperature on
     precision:str='fp32',   # 'fp32' or 'bf16'
-    tta:bool=False,         # also average each image with its mirror image
+    tta:bool=False,         # also average two and six views of each image
     num_corrupted:int=1000, # the first so many images are corrupted
 )->Examination:
     "Everything about a network that takes time to compute."
     if not len(targets): raise ValueError('there must be an image to examine')
     def answers(*data):
         return log_probabilities(model, loader_for(model, *data), precision=precision)[0]
-    log_p, temperature, tta_accuracy = answers(images, targets), None, None
+    log_p, temperature = answers(images, targets), None
     calibrations = {'as trained': calibration(log_p.exp(), targets)}
     if valid is not None:
         temperature = fit_temperature(answers(*valid), valid[1])
         scaled = (log_p/temperature).softmax(1)
         calibrations[f'T = {temperature:.2f}'] = calibration(scaled, targets)
-    if tta:
-        loader = loader_for(model, images, targets)
-        tta_accuracy = evaluate(model, loader, precision=precision, views=2).accuracy
+    loader = loader_for(model, images, targets)
+    views = {n: evaluate(model, loader, precision=precision, views=n).accuracy
+             for n in ((2, 6) if tta else ())}
     few = images[:num_corrupted], targets[:num_corrupted]
     return Examination(
-        images, targets, log_p.exp(), metrics_of(log_p, targets), tta_accuracy, calibrations,
+        images, targets, log_p.exp(), metrics_of(log_p, targets), views, calibrations,
         temperature, corruption_accuracy(model, *few, precision), len(few[0]), precision)
 
 # %% ../nbs/build/21_report.ipynb #report_metrics
@@ -173,14 +173,14 @@ def report_metrics(
     pairs = []
     for true, predicted, count in confused_pairs(confusion):
         pairs.append(dict(true=classes[true], predicted=classes[predicted], count=count))
-    errors = [c.error for c in exam.calibrations.values()]
-    scaled = errors[1] if exam.temperature else None
+    errors = [*(c.error for c in exam.calibrations.values()), None]
     return dict(
-        accuracy=exam.metrics.accuracy, loss=exam.metrics.loss, tta_accuracy=exam.tta_accuracy,
+        accuracy=exam.metrics.accuracy, loss=exam.metrics.loss,
+        mirror_accuracy=exam.views.get(2), tta_accuracy=exam.views.get(6),
         num_images=len(exam.targets), precision=exam.precision, per_class=per_class,
         classes=list(classes),
         confusion=confusion.tolist(), confused_pairs=pairs, calibration_error=errors[0],
-        temperature=exam.temperature, calibration_error_scaled=scaled,
+        temperature=exam.temperature, calibration_error_scaled=errors[1],
         corruptions=dict(num_images=exam.num_corrupted, accuracy=exam.corruptions))
 
 # %% ../nbs/build/21_report.ipynb #figures

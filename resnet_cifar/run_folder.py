@@ -31,7 +31,9 @@ class RunResult:
     "What a run came to; `result.json` holds the same fields."
     test_accuracy: float      # 0 to 1, on the test images, which are used once
     test_loss: float          # mean cross-entropy
-    test_accuracy_mirror: float|None # with mirror images averaged, for --tta
+    test_accuracy_mirror: float|None # for --tta: with mirror images averaged
+    test_accuracy_tta: float|None    # for --tta: with six views averaged
+    pflop: float              # 10**15 operations of all training steps, counted
     tested: str               # 'best' validation epoch, or 'last' without validation
     tested_epoch: int         # counted from 0
     per_class_accuracy: dict  # class name -> 0 to 1; `None` without test images of it

@@ -20,9 +20,11 @@ import torch
 
 from .checkpoint import Checkpointer, load_checkpoint, state_digest
 from .config import TrainConfig, changes
+from .cost import training_pflop
 from .data import CLASSES
 from .distributed import AcrossRanks, Ranks, SignalWatch, Stopped, join
-from .preparation import build, load_or_fetch, make_loaders, patched, plan, resolve
+from .forecast import plan
+from .preparation import build, epoch_sizes, load_or_fetch, make_loaders, patched, resolve
 from .run_folder import History, RunFolder, RunResult, find_run
 from .speed import compile_model, kernels, machine_text, package_versions
 from .training import Callback, TrainState, fit
@@ -67,16 +69,17 @@ def _tested_model(config, state, ranks):
 def _test(config, state, test, ranks, num_images, begun):
     "Use the test images, once."
     model, epoch = _tested_model(config, state, ranks)
-    views = [1, 2] if config.tta else [1]
-    metrics, *mirrored = [ranks.evaluate(model, test, precision=config.precision, views=view)
-                          for view in views]
+    metrics, *more = [ranks.evaluate(model, test, precision=config.precision, views=views)
+                      for views in ((1, 2, 6) if config.tta else (1,))]
     rows = enumerate(metrics.confusion.tolist())
     recalls = {CLASSES[i]: row[i]/sum(row) if sum(row) else None for i, row in rows}
     seconds = sum(row['seconds'] for row in state.history)
     return RunResult(
         test_accuracy=metrics.accuracy,
         test_loss=metrics.loss,
-        test_accuracy_mirror=mirrored[0].accuracy if mirrored else None,
+        test_accuracy_mirror=more[0].accuracy if more else None,
+        test_accuracy_tta=more[1].accuracy if more else None,
+        pflop=training_pflop(state.model, epoch_sizes(config), num_images),
         tested='last' if state.best_epoch is None else 'best',
         tested_epoch=epoch,
         per_class_accuracy=recalls,
@@ -87,7 +90,6 @@ def _test(config, state, test, ranks, num_images, begun):
         versions=package_versions())
 
 def _stopped(config, state, number, is_saved):
-    "What a stopped run ends with."
     losses = state.progress.losses if state.progress and is_saved else []
     steps = f' and {len(losses)} steps of the next' if losses else ''
     return Stopped(number, f'stopped; {config.ckpt_dir} holds {state.epoch} finished epochs'
@@ -130,14 +132,11 @@ def _memory_advice(config):
     except Exception as e:
         is_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
         if not is_memory and "can't allocate memory" not in str(e): raise
-        half = config.batch_size//2
-        smaller = f'--batch_size {half}' if half else 'a smaller network'
         raise MemoryError(f'out of memory with --batch_size {config.batch_size}: '
-                          f'try {smaller}') from None
+                          'try half of it, or a smaller network') from None
 
-def _look(ranks, folder, config, resume, overwrite):
+def _look(folder, config, resume, overwrite):
     "What is there; after a restart by torchrun it is continued, whatever the flags."
-    if ranks.rank: return None # it comes from the first one
     is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     is_given_up = overwrite and folder.has('result.json')
     if is_restart and folder.has('last.ckpt', 'previous.ckpt') and not is_given_up:
@@ -166,7 +165,8 @@ def run(
         config = resolve(config, ranks.world_size)
         _require_equal_settings(config, ranks)
         # 1 look
-        found = ranks.from_first(_look(ranks, folder, config, resume, overwrite))
+        first = None if ranks.rank else _look(folder, config, resume, overwrite)
+        found = ranks.from_first(first)
         if isinstance(found, RunResult): return found
         with kernels(config.deterministic):
             # 2 build
@@ -224,15 +224,16 @@ def result_lines(
     result:RunResult,   # what came out
 )->list[str]:           # of a terminal
     "What the command prints at the end."
-    mirror = ''
-    if result.test_accuracy_mirror is not None:
-        mirror = f', {result.test_accuracy_mirror:.4f} with mirror images averaged'
+    views = ''
+    if result.test_accuracy_tta is not None:
+        views = (f', {result.test_accuracy_mirror:.4f} with mirror images, '
+                 f'{result.test_accuracy_tta:.4f} with six views')
     program = 'resnet-cifar'
     if shutil.which(program) is None: program = f'{sys.executable} -m resnet_cifar'
     folders = f'--ckpt {config.ckpt_dir} --root {config.root}'
-    return [f'test accuracy {result.test_accuracy:.4f}{mirror} (epoch '
+    return [f'test accuracy {result.test_accuracy:.4f}{views} (epoch '
             f'{result.tested_epoch}, the {result.tested}), {result.seconds/60:.1f} '
-            f'min, {result.images_per_second:.0f} images/s',
+            f'min, {result.pflop:.2g} PFLOP, {result.images_per_second:.0f} images/s',
             f'run folder    {config.ckpt_dir} (curves.png shows the history)',
             f'try next      {program} evaluate {folders}']
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = dict(model_name='resnet8', width=8, batch_size=50, num_epochs=2, valid_size=100, limit_train=200, limit_test=50,
+SMALL = dict(model_name='resnet10', width=8, batch_size=50, num_epochs=2, valid_size=100, limit_train=200, limit_test=50,
              num_workers=0, precision='fp32', device='cpu', lr=0.01, lr_scheduler='none')
 
 

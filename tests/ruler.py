@@ -31,7 +31,7 @@ ADAMW = ('--model_name ResNet18 --width 8 --optimizer AdamW --lr 0.01 --transfor
          '--lr_scheduler CosineAnnealingLR --t_max 2 --precision fp32 --num_workers')
 SGD = ('--model_name resnet20 --width 8 --optimizer SGD --lr 0.05 --lr_scheduler OneCycleLR '
        '--ema_decay 0.9 --label_smoothing 0.1 --precision fp32 --num_workers 0')
-MUON = ('--model_name resnet8 --width 8 --optimizer Muon --lr 0.1 --lr_scheduler OneCycleLR '
+MUON = ('--model_name resnet10 --width 8 --optimizer Muon --lr 0.1 --lr_scheduler OneCycleLR '
         '--whiten --transform --alternating_flips --image_sizes 16 24 32 --num_workers 0')
 TWO = 'torch.distributed.run --standalone --nproc_per_node 2 -m'
 RUNS = {  # name -> the words behind `python -m`
@@ -85,7 +85,7 @@ def pretrained(folder):
     words = 'evaluate --ckpt DEFAULT --root data --skip_checksum --limit_test 500 --report report'
     call(['resnet_cifar', *words.split(), '--precision', 'fp32'], folder)
     metrics = rounded((folder / 'report' / 'metrics.json').read_text(), '.6g')
-    found = {k: str(metrics[k]) for k in metrics if k not in ('about', 'versions', 'tta_accuracy')}
+    found = {k: str(metrics[k]) for k in metrics if k not in ('about', 'versions', 'mirror_accuracy', 'tta_accuracy')}
     names = [f'{number}.png' for number in range(10)]
     for name, image in zip(names, sample_cifar10().test_images.permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(folder / name)

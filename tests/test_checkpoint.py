@@ -36,7 +36,7 @@ def batches():
 
 def network(seed=0):
     torch.manual_seed(seed)
-    return create_model('resnet8', width=8)
+    return create_model('resnet10', width=8)
 
 
 class Stop(Callback):
@@ -164,7 +164,7 @@ def test_a_run_without_the_saved_callbacks_says_so(batches, tmp_path, capsys):
     assert (len(second.history), len(second.progress.losses))==(1, 2)
 
 
-@pytest.mark.parametrize('name', [n if n in ('resnet18', 'resnet50', 'resnet8') else pytest.param(n, marks=pytest.mark.long) for n in list_models()])
+@pytest.mark.parametrize('name', [n if n in ('resnet18', 'resnet50', 'resnet10') else pytest.param(n, marks=pytest.mark.long) for n in list_models()])
 def test_round_trip_of_networks(name, tmp_path):
     "The file of a compiled model is the file of the model."
     config = TrainConfig(model_name=name, width=8)

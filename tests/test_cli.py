@@ -167,7 +167,7 @@ print("none")
 def test_train_prints_its_first_line_before_pytorch(material):
     program = 'import sys; sys.modules["torch"] = None; from resnet_cifar.cli import main; sys.exit(main(["train", "--model_name", "ResNet8"]))'
     done = subprocess.run([sys.executable, '-c', program], cwd=material, capture_output=True, text=True)
-    assert (done.returncode, done.stdout)==(2, 'training resnet8; loading PyTorch\n') and done.stderr.startswith('error: ') and done.stderr.count('\n')==1
+    assert (done.returncode, done.stdout)==(2, 'training resnet10; loading PyTorch\n') and done.stderr.startswith('error: ') and done.stderr.count('\n')==1
     done = subprocess.run([sys.executable, '-c', program], cwd=material, capture_output=True, text=True, env=os.environ | dict(RANK='1'))
     assert done.stdout=='' # of several processes the first one speaks
 
@@ -192,10 +192,10 @@ def test_debug_brings_the_traceback_back(here, capsys):
 
 def test_train_evaluate_report_and_predict(here, capsys, on_sample):
     "From settings to a page of evidence; `train` and `evaluate` print the same accuracy."
-    train = 'train --ckpt_dir run --model_name resnet8 --width 8 --num_epochs 1 --limit_train 100 --valid_size 100 --batch_size 50'
+    train = 'train --ckpt_dir run --model_name resnet10 --width 8 --num_epochs 1 --limit_train 100 --valid_size 100 --batch_size 50'
     train += ' --num_workers 0 --precision fp32 --limit_test 60'
     code, out, err = run(capsys, train)
-    assert (code, err)==(0, '') and out.startswith('training resnet8; loading PyTorch\n') and 'evaluate --ckpt run' in out
+    assert (code, err)==(0, '') and out.startswith('training resnet10; loading PyTorch\n') and 'evaluate --ckpt run' in out
     accuracy = next(line for line in out.splitlines() if line.startswith('test accuracy')).split()[2]
     code, out, err = run(capsys, 'evaluate --ckpt run --precision fp32 --limit_test 60 --tta --report page')
     lines = out.splitlines()

@@ -152,7 +152,7 @@ def test_what_has_changed_since_a_run_began():
 
 def test_a_schedule_is_made_of_these():
     assert {name for name, field in FIELDS.items() if field.metadata['schedule']}=={
-        'lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'limit_train'}
+        'lr', 'momentum', 'weight_decay', 't_max', 'pct_start', 'step_size', 'gamma', 'num_epochs', 'batch_size', 'limit_train', 'bias_lr', 'head_lr'}
 
 
 def test_checks_of_any_dataclass():

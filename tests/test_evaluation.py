@@ -76,8 +76,18 @@ def test_two_views_of_an_image_and_its_mirror_image():
     left, right = torch.tensor([0.9, 0.1]), torch.tensor([0.3, 0.7])
     images = torch.stack([left, right], 1)[None, :, None] # (1, 2, 1, 2)
     assert torch.allclose(predict(Left(), [images], views=2), torch.tensor([[0.6, 0.4]]))
-    for views in (0, 6, True + 2):
-        with pytest.raises(ValueError, match='views must be 1 or 2'): predict(Left(), [images], views=views)
+    for views in (0, 3, True + 3):
+        with pytest.raises(ValueError, match='views must be 1, 2 or 6'): predict(Left(), [images], views=views)
+
+
+def test_six_views_by_hand():
+    "Of a model that looks at the left pixel of the middle row alone; at the border the image is reflected."
+    class Left(nn.Module):
+        def forward(self, images): return torch.stack([images[:, 0, 1, 0], 1 - images[:, 0, 1, 0]], 1).log()
+    images = torch.tensor([[0.2, 0.5, 0.6], [0.1, 0.3, 0.7], [0.4, 0.8, 0.9]])[None, None]
+    unmoved, down_right, up_left = (0.1, 0.7), (0.5, 0.5), (0.8, 0.8) # as it is, and mirrored
+    expected = sum(unmoved)/4 + sum(down_right + up_left)/8
+    assert torch.allclose(predict(Left(), [images], views=6), torch.tensor([[expected, 1 - expected]]))
 
 
 def test_evaluation_waits_for_a_gpu_once():

@@ -110,12 +110,12 @@ def test_sizes_and_classes(name):
     for size in (32, 33, 64):
         with torch.no_grad(): logits, maps = net(torch.randn(2, 3, size, size)), net.forward_features(torch.randn(1, 3, size, size))
         assert logits.shape==(2, 7) and logits.isfinite().all()
-        if name=='resnet8': assert maps.shape[2]==(size - 1)//8             # a pixel less after the stem, then halved by each stage, rounded down
+        if name=='resnet10': assert maps.shape[2]==(size - 1)//8             # a pixel less after the stem, then halved by each stage, rounded down
         else: assert maps.shape[2]==-(-size//2**(net.num_stages - 1))       # halved once a stage after the first, rounded up
         assert summary(net, size)[-4].output_shape==maps.shape[1:]          # before avgpool, fc and the total
 
 
-EXAMPLES = ('resnet8', 'resnet18', 'resnet20', 'plain20', 'resnet50')
+EXAMPLES = ('resnet10', 'resnet18', 'resnet20', 'plain20', 'resnet50')
 
 @pytest.mark.parametrize('name', [n if n in EXAMPLES else pytest.param(n, marks=pytest.mark.long) for n in list_models()])
 def test_other_ways_to_run(name):
@@ -134,7 +134,7 @@ def test_other_ways_to_run(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('name', ['resnet8', *BIG, *SMALL])
+@pytest.mark.parametrize('name', ['resnet10', *BIG, *SMALL])
 def test_generated_code_keeps_the_logits(name):
     net, x = thin(name), torch.randn(2, 3, 32, 32)
     torch._dynamo.reset()
@@ -243,7 +243,7 @@ def test_names():
 
 
 def test_every_resnet_is_a_function():
-    for name in [*BIG, *SMALL, 'resnet8']:
+    for name in [*BIG, *SMALL, 'resnet10']:
         function = getattr(models, name)
         assert list(inspect.signature(function).parameters)==['num_classes', 'weights', 'kwargs']
         assert function.__name__==name and function.__doc__.startswith(name) and name in models.__all__
@@ -282,6 +282,6 @@ def test_whitened_stem_by_hand():
 def test_hub():
     entries = runpy.run_path(str(ROOT/'hubconf.py'))
     assert all(callable(entries[name]) for name in list_models())
-    for name in ('resnet20', 'plain20', 'resnet8'):
+    for name in ('resnet20', 'plain20', 'resnet10'):
         with torch.device('meta'): net = torch.hub.load(str(ROOT), name, source='local', num_classes=7)
         assert str(net.architecture)==f'{name} with 7 classes'

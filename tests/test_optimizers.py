@@ -1,5 +1,6 @@
 "Muon, weight decay, schedules and the averaged weights."
 import copy
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_cifar.config import TrainConfig
+from resnet_cifar.config import RECIPES, TrainConfig
+from resnet_cifar.data import BatchLoader, sample_cifar10
+from resnet_cifar.models import create_model
 from resnet_cifar.optimizers import (
-    BY_BATCH, EMA, Muon, lr_plan, make_optimizer, make_scheduler, orthogonalize)
+    BY_BATCH, EMA, Muon, lr_plan, make_optimizer, make_scheduler, orthogonalize, parameter_groups)
 from resnet_cifar.training import fit, new_state
 
 CONFIG = TrainConfig(num_epochs=2, lr=0.1, precision='fp32')
@@ -44,9 +47,10 @@ def test_muon_is_pytorchs_on_filters_and_sgd_on_the_rest():
     matrix, scale = nn.Parameter(model[0].detach().flatten(1).clone()), nn.Parameter(torch.ones(8))
     grads = torch.randn(8, 3, 3, 3), torch.randn(8)
     model[0].grad, model[1].grad, matrix.grad, scale.grad = *grads, grads[0].flatten(1), grads[1]
-    Muon(model, lr=0.1, momentum=0.6, weight_decay=0.01).step()
+    Muon(model, lr=0.1, momentum=0.6, weight_decay=0.5).step()
     torch.optim.Muon([matrix], lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3).step()
-    torch.optim.SGD([scale], lr=0.01, momentum=0.6, weight_decay=0.01, nesterov=True).step()
+    scale.data *= 0.95 # what a rate of 0.1 and a decay of 0.5 leave
+    torch.optim.SGD([scale], lr=0.1, momentum=0.6, nesterov=True).step()
     assert torch.allclose(model[0].flatten(1), matrix, atol=2e-3) and torch.allclose(model[1], scale)
 
 
@@ -160,3 +164,49 @@ def test_an_average_is_saved_and_resumed():
     twin = EMA(with_counts(), 0.5)
     twin.load_state_dict(ema.state_dict())
     assert twin.steps==2 and all(map(torch.equal, twin.average.state_dict().values(), ema.average.state_dict().values()))
+
+
+@pytest.mark.parametrize('name', list(RECIPES))
+def test_each_kind_of_parameter_moves(name):
+    """In two epochs on the sample with a recipe's rates: filters and head by a good part of their length, biases by
+    tenths of a standard deviation. (Once the biases had a tenth of the filters' rate, and moved by a thousandth.)"""
+    recipe, sample = RECIPES[name], sample_cifar10()
+    config = dataclasses.replace(recipe, batch_size=100, num_epochs=2, precision='fp32')
+    torch.manual_seed(0)
+    net = create_model(recipe.model_name, width=8)
+    before = copy.deepcopy(parameter_groups(net))
+    fit(net, BatchLoader(sample.train_images, sample.train_labels, 100, train=True), None, config)
+    moved = {}
+    for kind, group in parameter_groups(net).items():
+        new, old = (torch.cat([p.detach().flatten() for p in params]) for params in (group, before[kind]))
+        moved[kind] = ((new - old).norm()/(len(new)**0.5 if kind=='biases' else old.norm())).item()
+    assert moved['filters'] > 0.1 and moved['head'] > 0.03 and 0.05 < moved['biases'] < 3 and moved['scales']==0, moved
+
+
+def test_groups_by_what_they_do():
+    "A convolution with a bias, a batch norm, a classifier, a frozen filter, and a module of one's own."
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.weight, self.gain = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    frozen = nn.Conv2d(3, 3, 1, bias=False).requires_grad_(False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2), frozen, Own())
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert {kind: [names[id(p)] for p in group] for kind, group in parameter_groups(net).items()}==dict(
+        filters=['0.weight'], scales=['1.weight', '4.weight'], biases=['0.bias', '1.bias', '4.gain'], head=['2.weight', '2.bias'])
+
+
+@pytest.mark.parametrize('settings, rates', [
+    (dict(), dict(filters=0.1, biases=5.3, head=0.01)),
+    (dict(bias_lr=2.0, scale_lr=3.0, head_lr=0.5), dict(filters=0.1, scales=3.0, biases=2.0, head=0.5))])
+def test_rates_and_decays_of_the_groups(settings, rates):
+    "Of batches of 100; a step at the peak takes away the same share of all but the filters."
+    net = create_model('resnet10', width=8)
+    config = TrainConfig(optimizer='Muon', lr=0.1, batch_size=100, weight_decay=0.02, precision='fp32', **settings)
+    groups, kinds = make_optimizer(net, config).param_groups, parameter_groups(net)
+    assert [group['lr'] for group in groups]==pytest.approx(list(rates.values()))
+    assert [group['params'] for group in groups]==[kinds[kind] for kind in rates]
+    assert [group['lr']*group['weight_decay'] for group in groups]==pytest.approx([0.0] + [0.02]*(len(rates) - 1))
+    without = make_optimizer(net, dataclasses.replace(config, norm_weight_decay=False)).param_groups
+    assert [group['weight_decay'] > 0 for group in without]==[kind=='head' for kind in rates]
+    scheduler = make_scheduler(make_optimizer(net, config), dataclasses.replace(config, lr_scheduler='OneCycleLR', num_epochs=1), 10)
+    for _ in range(3): scheduler.optimizer.step(), scheduler.step()
+    assert [group['lr'] for group in scheduler.optimizer.param_groups]==pytest.approx([rate*scheduler.get_last_lr()[0]/0.1 for rate in rates.values()])

@@ -28,7 +28,7 @@ from resnet_cifar.weights import (
     export_onnx, from_pretrained, load_model, load_weights, notes_of, read_file, save_pretrained, save_weights, shipped_weights, state_dict_of,
 )
 
-FAMILIES = ['resnet18', 'resnet50', 'resnet20', 'plain18', 'resnet8'] # of each kind one; the others are long
+FAMILIES = ['resnet18', 'resnet50', 'resnet20', 'plain18', 'resnet10'] # of each kind one; the others are long
 ALL = [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.long) for name in list_models()]
 
 
@@ -130,10 +130,10 @@ def test_wrapped_models():
 @pytest.mark.parametrize('name', ALL)
 @pytest.mark.parametrize('options', [{}, dict(shortcut='C', num_classes=3), dict(stem='imagenet', shortcut='A')])
 def test_shapes_tell_the_network(name, options):
-    if name=='resnet8': options = {key: value for key, value in options.items() if key!='stem'} # its blocks are told by its own stem
+    if name=='resnet10': options = {key: value for key, value in options.items() if key!='stem'} # its blocks are told by its own stem
     net = thin(name, **options)
     found = weights._likely(state_dict_of(dict(state_dict=net.state_dict(), epoch=3)))
-    if name=='resnet8' and options.get('shortcut')=='A': net = thin(name) # in its blocks A and B are the same
+    if name=='resnet10' and options.get('shortcut')=='A': net = thin(name) # in its blocks A and B are the same
     assert net.architecture in found and len(found)==(1 if net.architecture.shortcut=='C' or (name, options) in [('resnet18', {}), ('resnet50', {})] else 2)
 
 
