@@ -273,6 +273,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'resnet_cifar.forecast._turning_points': ( 'build/forecast.html#_turning_points',
                                                                                   'resnet_cifar/forecast.py'),
                                        'resnet_cifar.forecast._zeros': ('build/forecast.html#_zeros', 'resnet_cifar/forecast.py'),
+                                       'resnet_cifar.forecast.busy_cores': ('build/forecast.html#busy_cores', 'resnet_cifar/forecast.py'),
                                        'resnet_cifar.forecast.expected_seconds': ( 'build/forecast.html#expected_seconds',
                                                                                    'resnet_cifar/forecast.py'),
                                        'resnet_cifar.forecast.plan': ('build/forecast.html#plan', 'resnet_cifar/forecast.py')},

@@ -111,18 +111,18 @@ class ResNet(nn.Module):
         self.architecture = Architecture(
             block.__name__, layers, num_classes, width, shortcut, stem)
         if isinstance(width, int): width = [width*2**i for i in range(len(layers))]
-        is_patch = stem=='patch' # whitened patches need no batch norm
-        in_channels = 24 if is_patch else width[0] # 24: see `whiten_stem`
+        is_patch = stem=='patch' # of 24 filters: see `whiten_stem`
+        in_channels = 24 if is_patch else width[0]
         self.conv1 = nn.Conv2d(3, in_channels, *_STEMS[stem], bias=False)
         self.bn1 = nn.Identity() if is_patch else nn.BatchNorm2d(in_channels)
         self.act1 = nn.GELU() if is_patch else nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem=='imagenet' else nn.Identity()
-        for stage, num_blocks in enumerate(layers):
+        for stage, (channels, num_blocks) in enumerate(zip(width, layers)):
             stride = 1 if stage==0 and not is_patch else 2
-            blocks = [block(in_channels, width[stage], stride, shortcut)]
-            in_channels = width[stage]*block.expansion
-            for _ in range(1, num_blocks):
-                blocks.append(block(in_channels, width[stage], 1, shortcut))
+            blocks = []
+            for stride in [stride] + [1]*(num_blocks - 1):
+                blocks.append(block(in_channels, channels, stride, shortcut))
+                in_channels = channels*block.expansion
             self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
         self.num_stages = len(layers)
         self.num_features = in_channels
@@ -222,7 +222,7 @@ def resnet110(): return Architecture('BasicBlock', (18, 18, 18), width=16, short
 _REGISTRY |= {name.replace('resnet', 'plain'): replace(architecture, shortcut=None)
               for name, architecture in _REGISTRY.items()}
 
-# %% ../nbs/learn/03_models.ipynb #resnet8
+# %% ../nbs/learn/03_models.ipynb #resnet10
 @register
 def resnet10():
     return Architecture('PoolBlock', (1, 2, 2), width=(96, 192, 192), stem='patch')

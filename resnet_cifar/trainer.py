@@ -24,7 +24,8 @@ from .cost import training_pflop
 from .data import CLASSES
 from .distributed import AcrossRanks, Ranks, SignalWatch, Stopped, join
 from .forecast import plan
-from .preparation import build, epoch_sizes, load_or_fetch, make_loaders, patched, resolve
+from .preparation import build, epoch_sizes, load_or_fetch, make_loaders
+from .preparation import patched, resolve
 from .run_folder import History, RunFolder, RunResult, find_run
 from .speed import compile_model, kernels, machine_text, package_versions
 from .training import Callback, TrainState, fit
@@ -66,13 +67,14 @@ def _tested_model(config, state, ranks):
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     return model, epoch
 
-def _test(config, state, test, ranks, num_images, begun):
+def _test(config, state, test, ranks, num_batches, begun):
     "Use the test images, once."
     model, epoch = _tested_model(config, state, ranks)
+    num_images = num_batches*config.batch_size # in an epoch
     metrics, *more = [ranks.evaluate(model, test, precision=config.precision, views=views)
                       for views in ((1, 2, 6) if config.tta else (1,))]
-    rows = enumerate(metrics.confusion.tolist())
-    recalls = {CLASSES[i]: row[i]/sum(row) if sum(row) else None for i, row in rows}
+    recalls = {CLASSES[i]: row[i]/sum(row) if sum(row) else None
+               for i, row in enumerate(metrics.confusion.tolist())}
     seconds = sum(row['seconds'] for row in state.history)
     return RunResult(
         test_accuracy=metrics.accuracy,
@@ -110,8 +112,7 @@ def train_and_test(
         train, valid, test = [loader and _Watched(loader, watch) for loader in loaders]
         try:
             _train(config, state, train, valid, [*callbacks, *writers], ranks)
-            num_images = len(loaders[0])*config.batch_size # in an epoch
-            return _test(config, state, test, ranks, num_images, begun)
+            return _test(config, state, test, ranks, len(loaders[0]), begun)
         except BaseException as error:
             if watch.is_between_steps:
                 if not ranks.rank and state.epoch < config.num_epochs: saving.save(state)
@@ -230,12 +231,11 @@ def result_lines(
                  f'{result.test_accuracy_tta:.4f} with six views')
     program = 'resnet-cifar'
     if shutil.which(program) is None: program = f'{sys.executable} -m resnet_cifar'
-    folders = f'--ckpt {config.ckpt_dir} --root {config.root}'
     return [f'test accuracy {result.test_accuracy:.4f}{views} (epoch '
             f'{result.tested_epoch}, the {result.tested}), {result.seconds/60:.1f} '
             f'min, {result.pflop:.2g} PFLOP, {result.images_per_second:.0f} images/s',
             f'run folder    {config.ckpt_dir} (curves.png shows the history)',
-            f'try next      {program} evaluate {folders}']
+            f'try next      {program} evaluate --ckpt {config.ckpt_dir} --root {config.root}']
 
 # %% ../nbs/build/18_trainer.ipynb #main
 def main(

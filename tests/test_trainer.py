@@ -93,7 +93,8 @@ def test_validation_images_are_found_again(sample_run, tmp_path):
 
 # ---------------------------------------------------------------- the plan
 
-def test_plan():
+def test_plan(monkeypatch):
+    monkeypatch.setattr(forecast, 'busy_cores', lambda: 0.0)
     config = preparation.resolve(small('checkpoints/try', num_epochs=20, lr_scheduler='CosineAnnealingLR', t_max=10, stem='cifar'))
     state, loaders = state_of(config), loaders_of(config)
     digest, random = state_digest(state.model), torch.get_rng_state()
@@ -172,8 +173,9 @@ def test_a_new_schedule_stands_where_the_run_is(sample_run, tmp_path, monkeypatc
 
 # ---------------------------------------------------------------- runs
 
-def test_result_of_a_run(sample_run, tmp_path, capsys):
+def test_result_of_a_run(sample_run, tmp_path, capsys, monkeypatch):
     "With everything that evaluates: averages, two views, no validation, other sizes; the answers are those of the file."
+    monkeypatch.setattr(forecast, 'busy_cores', lambda: 1.5)
     settings = dict(ema_decay=0.9, valid_size=0, tta=True, deterministic=True, image_sizes=(16, 32), channels_last=False)
     result = sample_run(tmp_path/'run', **settings)
     assert (result.tested, result.tested_epoch, (tmp_path/'run'/'best.ckpt').exists())==('last', 1, False)
@@ -186,7 +188,7 @@ def test_result_of_a_run(sample_run, tmp_path, capsys):
     saved = load_checkpoint(tmp_path/'run'/'last.ckpt')['history']
     assert result.images_per_second==pytest.approx(400/sum(row['seconds'] for row in saved))
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed]==['model', 'device', 'data', 'rate', 'run', 'expected', 'epoch', 'epoch']
+    assert [line.split()[0] for line in printed]==['model', 'device', 'data', 'rate', 'busy', 'run', 'expected', 'epoch', 'epoch']
     lines = trainer.result_lines(small(tmp_path/'run'), result)
     assert lines[0].startswith(f'test accuracy {result.test_accuracy:.4f}, {result.test_accuracy_mirror:.4f} with mirror images, '
                                f'{result.test_accuracy_tta:.4f} with six views (epoch 1, the last)')
