@@ -93,7 +93,7 @@ class Architecture:
 
 # %% ../nbs/learn/03_models.ipynb #ResNet
 class ResNet(nn.Module):
-    "Stem, three or four stages of blocks, global average pool, linear classifier."
+    "Stem, three or four stages of blocks, global pooling, linear classifier."
 
     def __init__(self,
         block:type,         # `BasicBlock`, `Bottleneck`, `PoolBlock` or your own
@@ -103,8 +103,7 @@ class ResNet(nn.Module):
                             # or of each stage
         *,
         shortcut:str|None='B', # the paper's option 'A', 'B' or 'C'; `None`: plain
-        stem:str='cifar',   # 'cifar': 3x3; 'imagenet': 7x7 and pooling, a quarter of
-                            # the size; 'patch': 24 filters of 2x2, then halved
+        stem:str='cifar',   # 'cifar': 3x3; 'imagenet': 7x7, pooled; 'patch': 24 of 2x2
         zero_init_residual:bool=False, # see `init_weights`
     ):
         super().__init__()
@@ -126,8 +125,9 @@ class ResNet(nn.Module):
             self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
         self.num_stages = len(layers)
         self.num_features = in_channels
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.pool = nn.AdaptiveMaxPool2d(1) if is_patch else nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, num_classes)
+        if is_patch: nn.init.normal_(self.fc.weight, std=1/in_channels) # for maxima
         init_weights(self, zero_init_residual)
 
     def forward_features(self,
@@ -141,8 +141,8 @@ class ResNet(nn.Module):
     def forward(self,
         x:Tensor, # (N, 3, H, W), normalised pixels
     )->Tensor:    # (N, num_classes) logits: no softmax here
-        "Features, averaged over the image, through the linear classifier."
-        return self.fc(self.avgpool(self.forward_features(x)).flatten(1))
+        "Features, pooled over the image, through the linear classifier."
+        return self.fc(self.pool(self.forward_features(x)).flatten(1))
 
 # %% ../nbs/learn/03_models.ipynb #create_model
 def create_model(
@@ -157,8 +157,7 @@ def create_model(
     key = str(name).lower()
     if key not in _REGISTRY:
         nearest = difflib.get_close_matches(key, _REGISTRY, n=1, cutoff=0)[0]
-        known = ', '.join(_REGISTRY)
-        raise ValueError(f'model {name!r}: did you mean {nearest!r}? Known: {known}')
+        raise ValueError(f'model {name!r}: did you mean {nearest!r}? See list_models()')
     if width is not None: kwargs['width'] = width
     model = _REGISTRY[key].build(num_classes=num_classes, **kwargs)
     if weights is None: return model

@@ -112,7 +112,7 @@ def test_sizes_and_classes(name):
         assert logits.shape==(2, 7) and logits.isfinite().all()
         if name=='resnet10': assert maps.shape[2]==(size - 1)//8             # a pixel less after the stem, then halved by each stage, rounded down
         else: assert maps.shape[2]==-(-size//2**(net.num_stages - 1))       # halved once a stage after the first, rounded up
-        assert summary(net, size)[-4].output_shape==maps.shape[1:]          # before avgpool, fc and the total
+        assert summary(net, size)[-4].output_shape==maps.shape[1:]          # before pooling, fc and the total
 
 
 EXAMPLES = ('resnet10', 'resnet18', 'resnet20', 'plain20', 'resnet50')
