@@ -48,11 +48,9 @@ def check_settings(
             if problem: raise ValueError(f'--{field.name} {item}: {problem}')
 
 # %% ../nbs/build/11_config.ipynb #MODELS
-MODELS = (
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet20',
-    'resnet32', 'resnet44', 'resnet56', 'resnet110', 'plain18', 'plain34',
-    'plain50', 'plain101', 'plain152', 'plain20', 'plain32', 'plain44', 'plain56',
-    'plain110', 'resnet10')
+_DEPTHS = (18, 34, 50, 101, 152, 20, 32, 44, 56, 110)
+MODELS = tuple(f'{kind}{depth}' for kind in ('resnet', 'plain') for depth in _DEPTHS)
+MODELS += ('resnet10',)
 OPTIMIZERS = ('SGD', 'Adam', 'AdamW', 'Muon')
 SCHEDULERS = ('CosineAnnealingLR', 'OneCycleLR', 'StepLR', 'LinearWarmupCosine', 'none')
 
@@ -102,6 +100,8 @@ class TrainConfig:
     # (normalising always happens)
     crop_padding:int=setting(4, 'between epochs', limits=(0, 16)) # with --transform: pixels by
     # which a crop may be off; 0: flips only
+    crop_border:str=setting('constant', 'between epochs', allowed=('constant', 'reflect')) # with
+    # --transform: what a crop shows outside the image: black, or the image mirrored
     alternating_flips:bool=setting(False, 'between epochs') # with --transform: mirror each
     # image in every second epoch, not by chance
     image_sizes:tuple[int, ...]=setting((), 'between epochs', limits=(8, 256)) # height and width of
@@ -151,8 +151,8 @@ def _conflicts(config):
 _FAST = dict( # what the recipes have in common
     optimizer='Muon', lr=0.12, momentum=0.6, weight_decay=0.007, batch_size=500,
     lr_scheduler='OneCycleLR', pct_start=0.01, label_smoothing=0.2, whiten=True,
-    transform=True, crop_padding=2, alternating_flips=True, valid_size=0,
-    num_workers=0, tta=True)
+    transform=True, crop_padding=2, crop_border='reflect', alternating_flips=True,
+    valid_size=0, num_workers=0, tta=True)
 RECIPES = {
     'speedrun': TrainConfig(
         **_FAST, model_name='resnet10', num_epochs=8,

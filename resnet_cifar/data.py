@@ -125,10 +125,9 @@ def plan_epoch(
     rng = np.random.default_rng((seed, epoch))
     rows, columns = rng.integers(0, 2*padding + 1, (2, num_images))
     order, flips = rng.permutation(num_images), rng.random(num_images) < 0.5
-    plan = EpochPlan(*map(torch.from_numpy, (order, rows, columns, flips)))
-    if not alternating: return plan
-    first = plan_epoch(num_images, seed, 0, padding)
-    return plan._replace(flips=first.flips ^ bool(epoch%2))
+    if alternating:
+        flips = plan_epoch(num_images, seed, 0, padding).flips.numpy() ^ bool(epoch%2)
+    return EpochPlan(*map(torch.from_numpy, (order, rows, columns, flips)))
 
 # %% ../nbs/learn/04_data.ipynb #augment
 def augment(
@@ -136,19 +135,19 @@ def augment(
     rows:Tensor,    # int64 (N,), first row of each crop in the padded image
     columns:Tensor, # int64 (N,), first column; both 0 … 2*padding
     flips:Tensor,   # bool (N,), mirrored left to right
-    padding:int=4,  # black pixels on each side
+    padding:int=4,  # pixels on each side
+    border:str='constant', # what they show: black, or 'reflect': the image mirrored
 )->Tensor:          # uint8 (N, 3, H, W), new memory
     "Crop and flip a whole batch, each image by its own draw."
-    height, width = images.shape[-2:]
-    windows = F.pad(images, (padding,)*4).unfold(2, height, 1).unfold(3, width, 1)
+    h, w = images.shape[-2:]
+    windows = F.pad(images, (padding,)*4, border).unfold(2, h, 1).unfold(3, w, 1)
     crops = windows[torch.arange(len(images), device=images.device), :, rows, columns]
     return torch.where(flips.view(-1, 1, 1, 1), crops.flip(3), crops)
 
 # %% ../nbs/learn/04_data.ipynb #_BatchDataset
 class _BatchDataset(Dataset):
     "Batch number b of epoch e, as a pure function of (e, b)."
-    epoch = None # whose plan this process has drawn
-    def __init__(self, **settings): vars(self).update(settings) # see `BatchLoader`
+    def __init__(self, **settings): vars(self).update(settings, epoch=None) # of the plan
 
     def __getitem__(self, key):
         epoch, number = key
@@ -166,7 +165,7 @@ class _BatchDataset(Dataset):
         images = self.images[order[part]]
         if self.augment:
             draws = [draw[order[part]] for draw in draws]
-            images = augment(images, *draws, self.padding)
+            images = augment(images, *draws, self.padding, self.border)
         return images, self.labels[order[part]]
 
 # %% ../nbs/learn/04_data.ipynb #BatchLoader
@@ -198,6 +197,7 @@ class BatchLoader:
         train:bool=False,  # shuffle, and leave out a short last batch
         augment:bool=False, # random crop and flip, for training
         padding:int=4,     # pixels by which a crop may be off, see `plan_epoch`
+        border:str='constant', # what a crop shows outside the image, see `augment`
         alternating_flips:bool=False, # flip by turns instead of by chance
         seed:int=0,        # of order and augmentation
         share:tuple=(0, 1), # (rank, world_size): which part of each batch is ours
@@ -211,7 +211,8 @@ class BatchLoader:
         _check(images, labels, batch_size if train else 0)
         self.dataset = _BatchDataset(
             images=images, labels=labels.long(), batch_size=batch_size, share=share, seed=seed,
-            train=train, augment=augment, padding=padding, alternating=alternating_flips)
+            train=train, augment=augment, padding=padding, border=border,
+            alternating=alternating_flips)
         self.keys = [None]*(len(images)//batch_size if train else -(-len(images)//batch_size))
         self.set_epoch(0)
         self.workers, self.sizes = None, sizes
@@ -220,8 +221,7 @@ class BatchLoader:
             atexit.register(lambda loader: loader() and loader().close(), weakref.ref(self))
         self.device = torch.device(device)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.mean = torch.as_tensor(mean, dtype=torch.float, device=device) # moved once
-        self.std = torch.as_tensor(std, dtype=torch.float, device=device)
+        self.mean, self.std = mean, std
 
     def set_epoch(self,
         epoch:int, # 0, 1, …

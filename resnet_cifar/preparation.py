@@ -100,7 +100,8 @@ def make_loaders(
     train = train[:config.limit_train]
     train_loader = loader(
         images[train], labels[train], config.batch_size, train=True,
-        augment=config.transform, padding=config.crop_padding, seed=config.random_seed,
+        augment=config.transform, padding=config.crop_padding,
+        border=config.crop_border, seed=config.random_seed,
         alternating_flips=config.alternating_flips, sizes=config.image_sizes,
         num_workers=config.num_workers)
     valid_loader = loader(images[valid], labels[valid], 500) if len(valid) else None
