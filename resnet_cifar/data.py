@@ -147,7 +147,7 @@ def augment(
 # %% ../nbs/learn/04_data.ipynb #_BatchDataset
 class _BatchDataset(Dataset):
     "Batch number b of epoch e, as a pure function of (e, b)."
-    def __init__(self, **settings): vars(self).update(settings, epoch=None) # of the plan
+    def __init__(self, **settings): vars(self).update(settings, epoch=None)
 
     def __getitem__(self, key):
         epoch, number = key
@@ -156,7 +156,7 @@ class _BatchDataset(Dataset):
         size = min(self.batch_size, len(self.images) - start)
         part = slice(start + size*rank//world_size, start + size*(rank + 1)//world_size)
         if not self.train: return self.images[part], self.labels[part]
-        if epoch!=self.epoch:
+        if epoch!=self.epoch: # each process draws the plan of an epoch once
             plan = plan_epoch(len(self.images), self.seed, epoch, self.padding,
                               self.alternating)
             self.plan = [draws.to(self.images.device) for draws in plan]
