@@ -338,6 +338,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'resnet_cifar.models.ResNet.forward_features': ( 'learn/models.html#resnet.forward_features',
                                                                                       'resnet_cifar/models.py'),
                                      'resnet_cifar.models._are_counts': ('learn/models.html#_are_counts', 'resnet_cifar/models.py'),
+                                     'resnet_cifar.models._in_words': ('learn/models.html#_in_words', 'resnet_cifar/models.py'),
                                      'resnet_cifar.models._is_count': ('learn/models.html#_is_count', 'resnet_cifar/models.py'),
                                      'resnet_cifar.models.create_model': ('learn/models.html#create_model', 'resnet_cifar/models.py'),
                                      'resnet_cifar.models.list_models': ('learn/models.html#list_models', 'resnet_cifar/models.py'),

@@ -11,7 +11,7 @@ __all__ = ['Architecture', 'ResNet', 'create_model', 'register', 'resnet18', 're
 import difflib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,7 @@ class Architecture:
 
     def to_dict(self)->dict: # lists instead of tuples
         "The fields and their values."
-        pairs = asdict(self).items()
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}
+        return {k: [*v] if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
     def build(self, **kwargs)->'ResNet':
         "A network with random weights; any argument of `ResNet` may be given anew."
@@ -82,14 +81,17 @@ class Architecture:
         if block not in _BLOCKS: raise ValueError(f'{block} is no block of ours')
         return ResNet(_BLOCKS[block], **values)
 
-    def __str__(self): # such as 'resnet18 with 10 classes, width 8'
-        def unusual(name):
-            usual = vars(_REGISTRY[name]) | dict(num_classes=self.num_classes)
-            pairs = vars(self).items()
-            return [f'{field} {value}' for field, value in pairs if value!=usual[field]]
+    def __str__(self): return _in_words(self)
 
-        name = min(_REGISTRY, key=lambda name: len(unusual(name)))
-        return ', '.join([f'{name} with {self.num_classes} classes', *unusual(name)])
+def _in_words(architecture): # such as 'resnet18 with 10 classes, width 8'
+    def unusual(name):
+        usual = vars(_REGISTRY[name]) | dict(num_classes=architecture.num_classes)
+        pairs = vars(architecture).items()
+        return [f'{field} {value}' for field, value in pairs if value!=usual[field]]
+
+    name = min(_REGISTRY, key=lambda name: len(unusual(name)))
+    words = [f'{architecture.num_classes} classes', *unusual(name)]
+    return f'{name} with ' + ', '.join(words)
 
 # %% ../nbs/learn/03_models.ipynb #ResNet
 class ResNet(nn.Module):
@@ -117,9 +119,8 @@ class ResNet(nn.Module):
         self.act1 = nn.GELU() if is_patch else nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem=='imagenet' else nn.Identity()
         for stage, (channels, num_blocks) in enumerate(zip(width, layers)):
-            stride = 1 if stage==0 and not is_patch else 2
-            blocks = []
-            for stride in [stride] + [1]*(num_blocks - 1):
+            first, blocks = 1 if stage==0 and not is_patch else 2, []
+            for stride in [first] + [1]*(num_blocks - 1):
                 blocks.append(block(in_channels, channels, stride, shortcut))
                 in_channels = channels*block.expansion
             self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
