@@ -74,7 +74,7 @@ def training_pflop(
     model:nn.Module,      # as for `training_flops`
     sizes:Sequence,       # image size of each epoch, in pixels
     num_images:int,       # training images in an epoch
-)->float:                 # 10**15 operations
+)->float:                 # operations in units of 10^15
     "What all training steps of a run cost; evaluation and optimizer are not counted."
     flops = {size: training_flops(model, size) for size in set(sizes)}
     return sum(flops[size] for size in sizes)*num_images/1e15

@@ -178,8 +178,7 @@ def _in_background(dataset, keys, num_workers):
                       generator=torch.Generator()) # its own: the global one is not touched
 
 def _check(images, labels, least):
-    is_bytes = isinstance(images, Tensor) and images.dtype==torch.uint8
-    if not is_bytes or images.ndim!=4 or images.shape[1]!=3:
+    if getattr(images, 'dtype', 0)!=torch.uint8 or images.ndim!=4 or images.shape[1]!=3:
         raise ValueError('images must be a tensor of uint8 (N, 3, H, W), 0 to 255')
     is_whole = isinstance(labels, Tensor) and not labels.is_floating_point()
     if not is_whole or labels.shape!=images.shape[:1]:
@@ -221,7 +220,8 @@ class BatchLoader:
             atexit.register(lambda loader: loader() and loader().close(), weakref.ref(self))
         self.device = torch.device(device)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.mean, self.std = mean, std
+        self.mean = torch.as_tensor(mean, dtype=torch.float, device=device) # moved once
+        self.std = torch.as_tensor(std, dtype=torch.float, device=device)
 
     def set_epoch(self,
         epoch:int, # 0, 1, …

@@ -29,8 +29,8 @@ _REGISTRY = {} # name of a network -> its `Architecture`
 
 def _is_count(value, most): return type(value) is int and 1 <= value <= most
 
-def _are_counts(values, most): # one for each stage
-    is_list = isinstance(values, (list, tuple)) and len(values) in (3, 4)
+def _are_counts(values, most, lengths=(3, 4)): # one for each stage
+    is_list = isinstance(values, (list, tuple)) and len(values) in lengths
     return is_list and all(_is_count(value, most) for value in values)
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Architecture:
 
     def __post_init__(self):
         are_layers = _are_counts(self.layers, 250)
-        are_widths = (_are_counts(self.width, 4096) and are_layers
-                      and len(self.width)==len(self.layers))
+        are_widths = are_layers and _are_counts(self.width, 4096, [len(self.layers)])
         for name, allowed, is_valid in (
             ('layers', 'three or four numbers from 1 to 250', are_layers),
             ('num_classes', 'from 1 to 1,000,000', _is_count(self.num_classes, 10**6)),
@@ -54,9 +53,8 @@ class Architecture:
              are_widths or _is_count(self.width, 4096)),
             ('shortcut', "'A', 'B', 'C' or None", self.shortcut in [*'ABC', None]),
             ('stem', 'one of ' + ', '.join(_STEMS), self.stem in [*_STEMS])):
-            value = getattr(self, name)
-            if is_valid: continue
-            raise ValueError(f'{name} must be {allowed}, got {value!r:.80}')
+            got = f'{getattr(self, name)!r:.80}'
+            if not is_valid: raise ValueError(f'{name} must be {allowed}, got {got}')
         object.__setattr__(self, 'layers', tuple(self.layers)) # files hold lists
         if are_widths: object.__setattr__(self, 'width', tuple(self.width))
 

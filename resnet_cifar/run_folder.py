@@ -33,7 +33,7 @@ class RunResult:
     test_loss: float          # mean cross-entropy
     test_accuracy_mirror: float|None # for --tta: with mirror images averaged
     test_accuracy_tta: float|None    # for --tta: with six views averaged
-    pflop: float              # 10**15 operations of all training steps, counted
+    pflop: float              # operations of all training steps, in units of 10^15
     tested: str               # 'best' validation epoch, or 'last' without validation
     tested_epoch: int         # counted from 0
     per_class_accuracy: dict  # class name -> 0 to 1; `None` without test images of it

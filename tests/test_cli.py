@@ -165,7 +165,7 @@ print("none")
 
 
 def test_train_prints_its_first_line_before_pytorch(material):
-    program = 'import sys; sys.modules["torch"] = None; from resnet_cifar.cli import main; sys.exit(main(["train", "--model_name", "ResNet8"]))'
+    program = 'import sys; sys.modules["torch"] = None; from resnet_cifar.cli import main; sys.exit(main(["train", "--model_name", "ResNet10"]))'
     done = subprocess.run([sys.executable, '-c', program], cwd=material, capture_output=True, text=True)
     assert (done.returncode, done.stdout)==(2, 'training resnet10; loading PyTorch\n') and done.stderr.startswith('error: ') and done.stderr.count('\n')==1
     done = subprocess.run([sys.executable, '-c', program], cwd=material, capture_output=True, text=True, env=os.environ | dict(RANK='1'))
@@ -200,7 +200,8 @@ def test_train_evaluate_report_and_predict(here, capsys, on_sample):
     code, out, err = run(capsys, 'evaluate --ckpt run --precision fp32 --limit_test 60 --tta --report page')
     lines = out.splitlines()
     assert (code, err)==(0, '') and lines[0].startswith(f'test accuracy {accuracy}, loss ') and lines[0].endswith('(60 images, fp32)')
-    assert lines[1].startswith('with mirror images averaged 0.') and [line.split()[0] for line in lines[2:13]]==['class',
+    assert lines[1].startswith('with mirror images averaged 0.') and lines[2].startswith('with six views averaged 0.')
+    assert [line.split()[0] for line in lines[3:14]]==['class',
         *CLASSES] and lines[-1]=='report        page/report.html'
     metrics = json.loads((here/'page'/'metrics.json').read_text())
     assert f"{metrics['accuracy']:.4f}"==accuracy and 'run on 60 test images' in metrics['about']

@@ -129,5 +129,5 @@ def test_full_small_disk(tmp_path):
     disk.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=500k', 'tmpfs', disk], capture_output=True).returncode: return # the test above limits the size of files instead
     try:
-        with pytest.raises(OSError, match=r'\(4\.\d MB\) could not be saved: No space left on device'): trainer.run(small(disk/'run', width=64))
+        with pytest.raises(OSError, match=r'\(7\.\d MB\) could not be saved: No space left on device'): trainer.run(small(disk/'run', width=64))
     finally: subprocess.run(['umount', disk], check=True)

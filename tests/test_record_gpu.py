@@ -15,9 +15,9 @@ from resnet_cifar.records import read_record
 
 def test_choose_epochs():
     "At 50,000 images a second an epoch of all six runs takes 6 s: ten fit into a minute."
-    # the recipe has 5 epochs at 16 pixels and 8 at 24: 5/4 + 8*9/16 = 5.75; four more make 9.75
+    # the recipe has 4 epochs at 24 pixels and 2 at 28: 4*9/16 + 2*49/64 = 3.78; six more make 9.78
     assert relative_pixels(13, (16,)*5 + (24,)*8 + (32,))==5.75 and relative_pixels(3, ())==3
-    assert choose_epochs(dict.fromkeys(NETWORKS, 50_000), 1)==17
+    assert choose_epochs(dict.fromkeys(NETWORKS, 50_000), 1)==12
     with pytest.raises(SystemExit, match='allow'): choose_epochs(dict.fromkeys(NETWORKS, 50_000), 0.01)
 
 
