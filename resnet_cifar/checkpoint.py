@@ -21,7 +21,8 @@ from torch import nn
 from .config import TrainConfig
 from .files import replacing, seal
 from .training import Callback, Progress, TrainState
-from .weights import load_weights, notes_of, read_file, state_dict_of
+from .facts import notes_of
+from .weights import load_weights, read_file, state_dict_of
 
 # %% ../nbs/build/15_checkpoint.ipynb #save_checkpoint
 def _leaves(x, name=''):

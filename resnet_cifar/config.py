@@ -17,8 +17,7 @@ from .flags import did_you_mean, kind_of, parse_flags
 # %% ../nbs/build/11_config.ipynb #setting
 def setting(
     default:object,       # value when nothing else is given
-    resume:str='noted',   # of a changed value: noted, fixed, between epochs,
-    # place or free
+    resume:str='noted',   # or 'fixed', 'between epochs', 'place', 'free'
     schedule:bool=False,  # whether the learning rates of all epochs depend on it
     **kwargs,             # `allowed` names or `limits`; for commands `positional`
 )->dataclasses.Field:

@@ -133,7 +133,8 @@ def plan(
         yield 'warning', (f'--t_max {t_max} is less than --num_epochs {config.num_epochs}: the '
                           f'rate reaches 0 in epoch {t_max} and climbs again; leave --t_max out '
                           'to end at 0')
-    busy = busy_cores() if config.device=='cpu' else 0.0
+    is_alone = config.device=='cpu' and world_size==1 # else the others are ours
+    busy = busy_cores() if is_alone else 0.0
     if busy > 0.5:
         yield 'busy', (f'other programs keep {busy:.1f} cores busy, and threads that wait for '
                        'each other suffer: try OMP_NUM_THREADS=1 in front of the command')

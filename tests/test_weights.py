@@ -134,7 +134,16 @@ def test_shapes_tell_the_network(name, options):
     net = thin(name, **options)
     found = weights._likely(state_dict_of(dict(state_dict=net.state_dict(), epoch=3)))
     if name=='resnet10' and options.get('shortcut')=='A': net = thin(name) # in its blocks A and B are the same
-    assert net.architecture in found and len(found)==(1 if net.architecture.shortcut=='C' or (name, options) in [('resnet18', {}), ('resnet50', {})] else 2)
+    assert net.architecture in found and len(found)==(1 if net.architecture.shortcut=='C' or net.architecture.shortcut=='B' and net.num_stages==4 else 2)
+
+
+def test_shapes_tell_widths_of_each_stage():
+    "A bare state dict of resnet10 at full width, whose stages do not double."
+    net = create_model('resnet10')
+    assert weights._likely(state_dict_of(net.state_dict()))[0]==net.architecture
+    for shape in ((), (3,)): # what a file may also hold
+        state = net.state_dict() | {'layer2.0.conv1.weight': torch.zeros(shape)}
+        assert weights._likely(state_dict_of(state))==[]
 
 
 def test_what_a_file_may_also_hold(tmp_path):
