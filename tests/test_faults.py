@@ -69,8 +69,7 @@ def test_signal_to_the_whole_group(tmp_path, number, step, settings):
 
 @pytest.mark.long
 def test_signal_while_compiling(tmp_path):
-    process = start(words(tmp_path/'run', compile=True), 'expected')
-    time.sleep(5)
+    process = start(words(tmp_path/'run', compile=True), 'compiling')
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=300)
     assert_stopped(process, err, signal.SIGTERM, tmp_path, dict(compile=True))

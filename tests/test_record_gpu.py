@@ -45,7 +45,7 @@ def test_in_pieces(cifar10_root, tmp_path):
     for words in (['init', '-q'], ['add', '-A'], ['commit', '-qm', 'all']): subprocess.run([*git, *words], cwd=checkout, check=True)
 
     def piece(minutes):
-        words = ['--root', cifar10_root, '--minutes', '0.04', '--piece', minutes]
+        words = ['--root', cifar10_root, '--minutes', '0.08', '--piece', minutes]
         words += '--width 8 --limit_train 500 --limit_test 100 --device cpu --precision fp32'.split()
         program = [sys.executable, checkout/'tests'/'record_gpu.py', *map(str, words)]
         return subprocess.run(program, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(checkout)))
@@ -65,10 +65,10 @@ def test_in_pieces(cifar10_root, tmp_path):
         program = ''.join(cell['source']).replace('Markdown(', 'print(')
         environment = os.environ | dict(PYTHONPATH=str(ROOT))
         done = subprocess.run([sys.executable, '-c', program], cwd=folder, capture_output=True, text=True, check=True, env=environment)
-        return [[word.strip() for word in line.split('|')[2:4]] for line in done.stdout.splitlines() if line.startswith(('| `resnet-cifar', '| `--recipe'))]
+        return [[line.split('|')[column].strip() for column in (2, 4, 7)] for line in done.stdout.splitlines() if line.startswith(('| `resnet-cifar', '| `--recipe'))]
     accuracy = [records['resnet18', seed]['result']['test_accuracy'] for seed in (0, 1)]
     lines = table(runs.parent)
-    assert lines[0]==['network, epochs', 'test accuracy'] and [line[0] for line in lines[1:]]==[f'{name}, 1' for name in NETWORKS]
-    assert lines[1][1]==f'{sum(accuracy)/2:.4f} ± {abs(accuracy[0] - accuracy[1])/2**0.5:.4f} (n = 2)'
-    assert all(line[1].endswith(' (n = 1)') for line in lines[2:])
+    assert lines[0]==['network, epochs', 'test accuracy (%)', 'runs'] and [line[0] for line in lines[1:]]==[f'{name}, 1' for name in NETWORKS]
+    assert lines[1][1:]==[f'{50*sum(accuracy):.2f} ± {100*abs(accuracy[0] - accuracy[1])/2**0.5:.2f}', '2']
+    assert all('±' not in line[1] and line[2]=='1' for line in lines[2:])
     assert table(tmp_path)==[] # no record at all
