@@ -35,35 +35,39 @@ class PadShortcut(nn.Module):
         in_channels:int,  # channels of the input
         out_channels:int, # channels of the output, at least `in_channels`
         stride:int=1,     # step in pixels
+        both_ends:bool=False, # half of the new channels in front, as some programs do
     ):
         super().__init__()
-        self.new_channels = out_channels - in_channels
+        new_channels = out_channels - in_channels
+        self.in_front = new_channels//2 if both_ends else 0
+        self.behind = new_channels - self.in_front
         self.stride = stride
-        if self.new_channels < 0:
+        if new_channels < 0:
             raise ValueError(f'option A adds channels: {in_channels} -> {out_channels}')
 
     def forward(self,
         x:Tensor, # (N, in_channels, H, W)
     )->Tensor:    # (N, out_channels, ceil(H/stride), ceil(W/stride))
-        "Subsample, then append channels of zeros."
+        "Subsample, then add channels of zeros."
         x = x[:, :, ::self.stride, ::self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
+        return F.pad(x, [0, 0, 0, 0, self.in_front, self.behind])
 
 # %% ../nbs/learn/02_blocks.ipynb #make_shortcut
 def make_shortcut(
-    kind:str|None,    # 'A', 'B', 'C', or `None` for a plain network
+    kind:str|None,    # 'A', 'B', 'C'; 'A2': A with zeros at both ends; `None`: plain
     in_channels:int,  # channels of the block's input
     out_channels:int, # channels of the block's output
     stride:int=1,     # the block's stride: 1 or 2, anything else is a `ValueError`
 )->nn.Module|None:    # what to add to the residual, as a module of x; `None`: nothing
     "The shortcut of one block, by the paper's options A, B and C."
-    if kind not in ('A', 'B', 'C', None):
-        raise ValueError(f"shortcut must be 'A', 'B', 'C' or None, got {kind!r}")
+    if kind not in ('A', 'A2', 'B', 'C', None):
+        raise ValueError(f"shortcut must be 'A', 'A2', 'B', 'C' or None, got {kind!r}")
     if stride not in (1, 2): raise ValueError(f'stride must be 1 or 2, got {stride}')
     if kind is None: return None
     is_same_shape = stride==1 and in_channels==out_channels
     if is_same_shape and kind!='C': return nn.Identity()
-    if kind=='A': return PadShortcut(in_channels, out_channels, stride)
+    if kind in ('A', 'A2'):
+        return PadShortcut(in_channels, out_channels, stride, both_ends=kind=='A2')
     projection = conv1x1(in_channels, out_channels, stride)
     return nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
@@ -151,8 +155,8 @@ class PoolBlock(nn.Module):
             raise ValueError(f'stride must be 1 or 2, got {stride}')
         if stride==1 and in_channels!=channels:
             raise ValueError(f'stride 1 keeps {in_channels} channels, got {channels}')
-        self.halves = stride==2
-        if self.halves:
+        self.conv1 = None # unless the map is halved
+        if stride==2:
             self.conv1 = conv3x3(in_channels, channels)
             self.pool = nn.MaxPool2d(2)
             self.bn1 = nn.BatchNorm2d(channels)
@@ -165,14 +169,14 @@ class PoolBlock(nn.Module):
         x:Tensor, # (N, in_channels, H, W)
     )->Tensor:    # (N, channels, floor(H/stride), floor(W/stride))
         "Halve the map if asked to, then add the residual."
-        if self.halves: x = self.act(self.bn1(self.pool(self.conv1(x))))
+        if self.conv1 is not None: x = self.act(self.bn1(self.pool(self.conv1(x))))
         out = self.act(self.bn2(self.conv2(x)))
         return out if self.downsample is None else out + self.downsample(x)
 
     def init_identity(self)->None:
         "Let filter number i begin by passing on channel number i, if there is one."
-        for conv in [self.conv1, self.conv2] if self.halves else [self.conv2]:
-            nn.init.dirac_(conv.weight[:conv.in_channels])
+        for conv in (self.conv1, self.conv2):
+            if conv is not None: nn.init.dirac_(conv.weight[:conv.in_channels])
 
 # %% ../nbs/learn/02_blocks.ipynb #init_weights
 def init_weights(

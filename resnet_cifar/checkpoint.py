@@ -22,7 +22,10 @@ from .config import TrainConfig
 from .files import replacing, seal
 from .training import Callback, Progress, TrainState
 from .facts import notes_of
-from .weights import load_weights, read_file, state_dict_of
+from .flags import say
+from .optimizers import advance
+from .reading import read_file
+from .weights import state_dict_of
 
 # %% ../nbs/build/15_checkpoint.ipynb #save_checkpoint
 def _leaves(x, name=''):
@@ -131,7 +134,7 @@ def _restore_scheduler(scheduler, saved, position):
     if position is None: return scheduler.load_state_dict(saved)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # PyTorch expects a step of the optimizer first
-        for _ in range(position): scheduler.step()
+        advance(scheduler, position)
 
 def restore(
     state:TrainState,       # a fresh run; changed in place
@@ -140,13 +143,13 @@ def restore(
     position:int|None=None, # steps of a new schedule; left out: the saved one goes on
 )->None:
     "Put a run back to where the checkpoint was written."
-    load_weights(state.model, content['model'])
+    state.model.load_state_dict(content['model'])
     _restore_optimizer(state, content['optimizer'], position)
     _restore_scheduler(state.scheduler, content['scheduler'], position)
     named = _named(callbacks)
     for name, saved in content['callbacks'].items():
         if name in named: named[name].load_state_dict(saved)
-        elif saved: print(f'the saved state of {name} is not used')
+        elif saved: say(f'the saved state of {name} is not used')
     state.epoch = content['epoch']
     state.history = [dict(row) for row in content['history']]
     device = next(state.model.parameters()).device

@@ -7,7 +7,6 @@ __all__ = ['COMMANDS', 'DownloadFlags', 'NetworkFlags', 'EvaluateFlags', 'Predic
            'RecordFlags', 'BenchFlags', 'main']
 
 # %% ../nbs/build/22_cli.ipynb #imports-export
-import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import resnet_cifar
 from .config import MODELS, check_settings, parse_args, setting
 from .files import require_output_file, require_writable_folder, write_json
-from .flags import did_you_mean, one_line_errors, parse_flags
+from .flags import did_you_mean, one_line_errors, parse_flags, say
 
 # %% ../nbs/build/22_cli.ipynb #DownloadFlags
 @dataclass(frozen=True)
@@ -29,17 +28,19 @@ class DownloadFlags:
 
 def _download(flags):
     from resnet_cifar.fetch import download_cifar10
-    download_cifar10(**dataclasses.asdict(flags))
+    download_cifar10(**vars(flags))
 
 # %% ../nbs/build/22_cli.ipynb #train
 def _train(argv):
     config, flags = parse_args(argv)
-    is_first = os.environ.get('RANK', '0')=='0'
-    if is_first: print(f'training {config.model_name}; loading PyTorch', flush=True)
-    from resnet_cifar.trainer import TensorBoard, result_lines, run
-    callbacks = [TensorBoard(config.ckpt_dir)] if flags.tensorboard and is_first else []
+    is_first = 'TORCHELASTIC_RUN_ID' not in os.environ or os.environ.get('RANK')=='0'
+    if is_first: say(f'training {config.model_name}; loading PyTorch')
+    from resnet_cifar.history import Aside, TensorBoard
+    from resnet_cifar.trainer import result_lines, run
+    shows_events = flags.tensorboard and is_first
+    callbacks = [Aside(TensorBoard(config.ckpt_dir))] if shows_events else []
     result = run(config, resume=flags.resume, overwrite=flags.overwrite, callbacks=callbacks)
-    if is_first: print('\n'.join(result_lines(config, result)))
+    for line in result_lines(config, result) if is_first else (): say(line)
 
 # %% ../nbs/build/22_cli.ipynb #EvaluateFlags
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,6 @@ class EvaluateFlags(NetworkFlags):
     skip_checksum:bool=False # take other pixels in CIFAR-10's form
 
 def _load(flags):
-    "(network on its device, precision)."
     import torch
     from resnet_cifar.evaluation import pick_device, pick_precision
     from resnet_cifar.weights import load_model
@@ -68,7 +68,8 @@ def _load(flags):
     return model, pick_precision(flags.precision, device)
 
 def _evaluate(flags):
-    if flags.report is not None: require_writable_folder('report', flags.report)
+    if flags.report is not None:
+        require_writable_folder('report', flags.report, ('report.html', 'metrics.json'))
     from resnet_cifar.data import CLASSES, load_cifar10
     from resnet_cifar.evaluation import evaluate
     from resnet_cifar.facts import facts_of, loader_for
@@ -91,7 +92,7 @@ def _evaluate(flags):
         exam = examine(model, images, labels, precision=precision, tta=flags.tta,
                        valid=validation_images(flags.ckpt, data))
         about = f'{flags.ckpt} on {len(images):,} test images of CIFAR-10'
-        print(f'report        {write_report(flags.report, model, exam, about)}')
+        say(f'report        {write_report(flags.report, model, exam, about)}')
 
 # %% ../nbs/build/22_cli.ipynb #PredictFlags
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ def _predict(flags):
     for path in flags.images:
         if not os.path.exists(path): raise FileNotFoundError(f'{path!r}: no such file or folder')
     if flags.explain is not None: require_writable_folder('explain', flags.explain)
-    from resnet_cifar.images import list_images, print_answers
+    from resnet_cifar.answers import print_answers
+    from resnet_cifar.images import list_images
     model, precision = _load(flags)
     num_errors = print_answers(model, list_images(flags.images), top_k=flags.top_k,
                                as_json=flags.json, explain=flags.explain, precision=precision)
@@ -126,7 +128,7 @@ class ExportFlags:
 
 def _export(flags):
     output = Path(flags.output or f'model.{flags.format}')
-    require_output_file('output', output, [f'.{flags.format}'])
+    require_output_file('output', output, [f'.{flags.format}'], overwrite=True)
     if flags.format!='onnx' and (flags.normalize or flags.softmax):
         raise ValueError('--normalize and --softmax: only with --format onnx')
     if output.exists() and not flags.overwrite:
@@ -137,7 +139,7 @@ def _export(flags):
         difference = export_onnx(model, output, normalize=flags.normalize, softmax=flags.softmax)
         print(f'ONNX Runtime differs by at most {difference:.0e} of the largest output')
     else: save_weights(model, output)
-    print(f'{output}: {model.architecture}, {output.stat().st_size/1e6:.1f} MB')
+    say(f'{output}: {model.architecture}, {output.stat().st_size/1e6:.1f} MB')
 
 # %% ../nbs/build/22_cli.ipynb #InfoFlags
 @dataclass(frozen=True)
@@ -165,14 +167,12 @@ def _info(flags):
         from resnet_cifar.records import run_lines
         lines, errors = run_lines(flags.name or 'nbs/runs')
         print('\n'.join(lines))
-        for error in errors: print(f'error: {error}', file=sys.stderr)
+        for error in errors: say(f'error: {error}', sys.stderr)
         return int(bool(errors))
     name = (flags.name or '').lower()
     if name and name not in MODELS:
-        raise ValueError(f'no network {name}: {did_you_mean(name, MODELS)}'
-                         '`resnet-cifar info` lists all')
+        raise ValueError(f'no network {name}: {did_you_mean(name, MODELS)}see `resnet-cifar info`')
     print('\n'.join(_costs(name, flags)))
-    return 0
 
 # %% ../nbs/build/22_cli.ipynb #RecordFlags
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _record(flags):
     from resnet_cifar.records import write_record
     for run in flags.runs:
         path = write_record(run, overwrite=flags.overwrite, name=flags.name)
-        print(f'{run}: recorded as {path.name}')
+        say(f'{run}: recorded as {path.name}')
 
 # %% ../nbs/build/22_cli.ipynb #BenchFlags
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class BenchFlags:
 
 def _bench(flags):
     require_output_file('json', flags.json, ['.json'])
-    print(f'measuring {flags.model_name}; nothing else should run meanwhile', flush=True)
+    say(f'measuring {flags.model_name}; nothing else should run meanwhile')
     from resnet_cifar.bench import bench, bench_lines
     from resnet_cifar.evaluation import pick_device
     from resnet_cifar.preparation import load_or_fetch

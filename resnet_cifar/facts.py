@@ -6,11 +6,13 @@
 __all__ = ['Facts', 'facts_of', 'notes_of', 'inputs_for', 'loader_for']
 
 # %% ../nbs/build/14_facts.ipynb #imports-export
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .config import plain_value
 from .data import CIFAR10_MEAN, CIFAR10_STD, CLASSES, BatchLoader, normalize
 
 # %% ../nbs/build/14_facts.ipynb #Facts
@@ -32,6 +34,8 @@ class Facts:
     image_size: int = 32       # height and width in pixels, 1 to 4096
 
     def __post_init__(self):
+        for name, value in [*vars(self).items()]:
+            object.__setattr__(self, name, plain_value(value))
         is_size = type(self.image_size) is int and 1 <= self.image_size <= 4096
         for name, is_valid, allowed in (
             ('classes', _are_names(self.classes), 'different names'),
@@ -48,11 +52,7 @@ class Facts:
         values:dict, # with the keys of `to_dict`, and any others
     ):
         "The facts in plain values; one that is missing is a `ValueError`."
-        given = {}
-        for name in cls.__dataclass_fields__:
-            value = values.get(name)
-            given[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**given)
+        return cls(**{name: values.get(name) for name in cls.__dataclass_fields__})
 
     def to_dict(self)->dict: # plain values: numbers, texts, lists
         "For JSON and checkpoints."
@@ -60,34 +60,48 @@ class Facts:
                     std=list(self.std), image_size=self.image_size)
 
 # %% ../nbs/build/14_facts.ipynb #facts_of
+def _unwrapped(model):
+    "The network itself: wrappers call it `module`; compiled ones pass questions on."
+    while not hasattr(model, 'pretrained_cfg') and not hasattr(model, 'architecture'):
+        inner = getattr(model, 'module', None)
+        if not isinstance(inner, nn.Module): break
+        model = inner
+    return model
+
 def facts_of(
-    model:nn.Module, # any module; behind `torch.compile` too
-)->Facts:            # from `model.pretrained_cfg`, else CIFAR-10's
+    model:nn.Module, # any module, also compiled, averaged or behind DDP
+)->Facts:            # from `model.pretrained_cfg`; what is missing there is CIFAR-10's
     "What a model was trained for; other than ten classes are '0', '1', … by default."
+    model = _unwrapped(model)
     given = getattr(model, 'pretrained_cfg', None)
-    if isinstance(given, dict) and 'classes' in given: return Facts.from_dict(given)
     architecture = getattr(model, 'architecture', None)
+    if given is None and architecture is None:
+        text = "has no pretrained_cfg: classes, mean, std and size are CIFAR-10's"
+        warnings.warn(f'{type(model).__name__} {text}', stacklevel=2)
     num_classes = getattr(architecture, 'num_classes', len(CLASSES))
-    if num_classes==len(CLASSES): return Facts()
-    return Facts(classes=tuple(map(str, range(num_classes))))
+    digits = tuple(map(str, range(num_classes)))
+    facts = Facts(CLASSES if num_classes==len(CLASSES) else digits).to_dict()
+    if not isinstance(given, dict): given = {}
+    known = {name: given[name] for name in facts if given.get(name) is not None}
+    return Facts(**facts | known)
 
 # %% ../nbs/build/14_facts.ipynb #notes_of
 def notes_of(
-    model:nn.Module, # a `ResNet`, also compiled; of others the architecture is `None`
+    model:nn.Module, # a `ResNet`, also wrapped; of others the architecture is `None`
 )->dict:             # `architecture, classes, mean, std, image_size`: plain values
     "What one must know to use a network, apart from its weights."
-    own = getattr(model, 'architecture', None)
+    own = getattr(_unwrapped(model), 'architecture', None)
     return dict(architecture=own and own.to_dict()) | facts_of(model).to_dict()
 
 # %% ../nbs/build/14_facts.ipynb #inputs_for
 def inputs_for(
     model:nn.Module, # the network that they are for
     images:Tensor,   # uint8 (N, 3, H, W), a few
-)->Tensor:           # float32 (N, 3, H, W), normalised, on the model's device
+)->Tensor:           # (N, 3, H, W), normalised, with the weights' type and device
     "Images as a model wants them."
-    facts, device = facts_of(model), next(model.parameters()).device
-    images = images.to(device, memory_format=torch.channels_last)
-    return normalize(images, facts.mean, facts.std)
+    facts, weight = facts_of(model), next(model.parameters())
+    images = images.to(weight.device, memory_format=torch.channels_last)
+    return normalize(images, facts.mean, facts.std).to(weight.dtype)
 
 def loader_for(
     model:nn.Module,    # the network that they are for

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import CLASSES
-from .evaluation import evaluating
+from .evaluation import class_indices, evaluating
+from .pictures import plot_text
 
 # %% ../nbs/learn/08_interpret.ipynb #confused_pairs
 def confused_pairs(
@@ -56,14 +57,15 @@ def plot_confusion(
         ax.text(column, row, count, ha='center', va='center', fontsize=7, color=color)
     ticks = range(len(classes))
     ax.set(xticks=ticks, yticks=ticks, xlabel='predicted class', ylabel='true class')
-    ax.set_xticklabels(classes, rotation=45, ha='right', fontsize=8)
-    ax.set_yticklabels(classes, fontsize=8)
+    names = [plot_text(name, f'class {i}') for i, name in enumerate(classes)]
+    ax.set_xticklabels(names, rotation=45, ha='right', fontsize=8, parse_math=False)
+    ax.set_yticklabels(names, fontsize=8, parse_math=False)
     ax.figure.colorbar(drawn, ax=ax, label='share of the true class (0 to 1)')
     title = f'No mistake among {totals.sum():,} images'
     for true, predicted, count in confused_pairs(confusion, 1):
-        title = f'{classes[true]} is most often taken for {classes[predicted]}'
+        title = f'{names[true]} is most often taken for {names[predicted]}'
         title += f': {count} of {totals[true]}'
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title, fontsize=9, parse_math=False)
     return ax
 
 # %% ../nbs/learn/08_interpret.ipynb #class_scores
@@ -142,7 +144,8 @@ def fit_temperature(
     "The number that makes probabilities as confident as correct (Guo et al. 2017)."
     if not len(targets) or not logits.isfinite().all():
         raise ValueError('logits must be finite, of one image or more')
-    logits, low, high = logits.double(), math.log(0.05), math.log(20)
+    logits, targets = logits.double(), class_indices(targets, logits.shape[1])
+    low, high = math.log(0.05), math.log(20)
     ratio = (5**0.5 - 1)/2 # golden section: the loss is convex in 1/T
     def loss(log_t): return F.cross_entropy(logits/math.exp(log_t), targets).item()
     for _ in range(40): # 0.618^40 of the bracket: eight digits
@@ -219,6 +222,7 @@ def grad_cam(
         if not maps or maps[-1].ndim!=4:
             raise ValueError('layer must be a module of the model that gives maps')
         classes = logits.argmax(1) if targets is None else targets.to(logits.device)
+        classes = class_indices(classes, logits.shape[1])
         score = logits.gather(1, classes.view(-1, 1)).sum()
         gradients, = torch.autograd.grad(score, maps[-1])
     weights = gradients.mean((2, 3), keepdim=True)

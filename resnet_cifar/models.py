@@ -8,7 +8,6 @@ __all__ = ['Architecture', 'ResNet', 'create_model', 'register', 'resnet18', 're
            'StageSummary', 'summary']
 
 # %% ../nbs/learn/03_models.ipynb #imports-export
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BasicBlock, Bottleneck, PoolBlock, init_weights
+from .config import plain_value
 from .cost import StageSummary, summary
 
 # %% ../nbs/learn/03_models.ipynb #offers
@@ -24,8 +24,12 @@ _all_ = ['StageSummary', 'summary'] # of cost; this module offers them too
 
 # %% ../nbs/learn/03_models.ipynb #Architecture
 _BLOCKS = {block.__name__: block for block in (BasicBlock, Bottleneck, PoolBlock)}
-_STEMS = dict(cifar=(3, 1, 1), imagenet=(7, 2, 3), patch=(2, 1, 0)) # size, step, pad
+_STEMS = dict(cifar=(3, 1, 1), cifar_pool=(3, 1, 1), # size, step, padding
+              imagenet=(7, 2, 3), patch=(2, 1, 0))
+_POOLED = 'imagenet', 'cifar_pool'
 _REGISTRY = {} # name of a network -> its `Architecture`
+
+_SHORTCUTS = ('A', 'A2', 'B', 'C', None)
 
 def _is_count(value, most): return type(value) is int and 1 <= value <= most
 
@@ -40,10 +44,12 @@ class Architecture:
     layers:tuple          # blocks in each stage
     num_classes:int=10    # length of the logits
     width:int|tuple=64    # channels of the first stage, doubled later on; or of each
-    shortcut:str|None='B' # option of the paper, or `None`
-    stem:str='cifar'      # 'cifar', 'imagenet' or 'patch'
+    shortcut:str|None='B' # see `make_shortcut`
+    stem:str='cifar'      # see `ResNet`
 
     def __post_init__(self):
+        for name, value in [*vars(self).items()]:
+            object.__setattr__(self, name, plain_value(value))
         are_layers = _are_counts(self.layers, 250)
         are_widths = are_layers and _are_counts(self.width, 4096, [len(self.layers)])
         for name, allowed, is_valid in (
@@ -51,20 +57,17 @@ class Architecture:
             ('num_classes', 'from 1 to 1,000,000', _is_count(self.num_classes, 10**6)),
             ('width', 'from 1 to 4,096, one number or one for each stage',
              are_widths or _is_count(self.width, 4096)),
-            ('shortcut', "'A', 'B', 'C' or None", self.shortcut in [*'ABC', None]),
+            ('shortcut', f'one of {_SHORTCUTS}', self.shortcut in [*_SHORTCUTS]),
             ('stem', 'one of ' + ', '.join(_STEMS), self.stem in [*_STEMS])):
             got = f'{getattr(self, name)!r:.80}'
             if not is_valid: raise ValueError(f'{name} must be {allowed}, got {got}')
-        object.__setattr__(self, 'layers', tuple(self.layers)) # files hold lists
-        if are_widths: object.__setattr__(self, 'width', tuple(self.width))
 
     @classmethod
     def from_dict(cls,
         values:object, # what `to_dict` gave; anything else is a `ValueError`
     )->'Architecture':
         "Read what was in a file."
-        names = cls.__annotations__.keys()
-        is_whole = isinstance(values, dict) and values.keys()==names
+        is_whole = isinstance(values, dict) and {*values}=={*cls.__annotations__}
         if is_whole and values['block'] in [*_BLOCKS]: return cls(**values)
         raise ValueError(f'{values!r:.80} describes no ResNet')
 
@@ -99,29 +102,30 @@ class ResNet(nn.Module):
         block:type,         # `BasicBlock`, `Bottleneck`, `PoolBlock` or your own
         layers:tuple,       # blocks in each of the three or four stages
         num_classes:int=10, # length of the logits
-        width:int|tuple=64, # channels of the first stage, doubled in each later one;
-                            # or of each stage
+        width:int|tuple=64, # channels of the first stage, doubled later on; or of each
         *,
         shortcut:str|None='B', # the paper's option 'A', 'B' or 'C'; `None`: plain
-        stem:str='cifar',   # 'cifar': 3x3; 'imagenet': 7x7, pooled; 'patch': 24 of 2x2
+        stem:str='cifar',   # 3x3; 'cifar_pool': pooled; 'imagenet'; 'patch': 24 of 2x2
         zero_init_residual:bool=False, # see `init_weights`
     ):
         super().__init__()
-        self.architecture = Architecture(
+        checked = self.architecture = Architecture(
             block.__name__, layers, num_classes, width, shortcut, stem)
+        layers, num_classes, width = checked.layers, checked.num_classes, checked.width
         if isinstance(width, int): width = [width*2**i for i in range(len(layers))]
         is_patch = stem=='patch' # of 24 filters: see `whiten_stem`
         in_channels = 24 if is_patch else width[0]
         self.conv1 = nn.Conv2d(3, in_channels, *_STEMS[stem], bias=False)
         self.bn1 = nn.Identity() if is_patch else nn.BatchNorm2d(in_channels)
         self.act1 = nn.GELU() if is_patch else nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem=='imagenet' else nn.Identity()
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem in _POOLED else nn.Identity()
         for stage, (channels, num_blocks) in enumerate(zip(width, layers)):
             first, blocks = 1 if stage==0 and not is_patch else 2, []
             for stride in [first] + [1]*(num_blocks - 1):
                 blocks.append(block(in_channels, channels, stride, shortcut))
                 in_channels = channels*block.expansion
             self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
+        if len(layers)==3: self.layer4 = nn.Identity()
         self.num_stages = len(layers)
         self.num_features = in_channels
         self.pool = nn.AdaptiveMaxPool2d(1) if is_patch else nn.AdaptiveAvgPool2d(1)
@@ -134,8 +138,7 @@ class ResNet(nn.Module):
     )->Tensor:    # (N, num_features, h, w); 4x4 for four stages at 32x32
         "The last stage's feature map."
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        for stage in range(self.num_stages): x = getattr(self, f'layer{stage + 1}')(x)
-        return x
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self,
         x:Tensor, # (N, 3, H, W), normalised pixels
@@ -152,11 +155,10 @@ def create_model(
     width:int|None=None, # left out: the network's own
     **kwargs,            # `shortcut`, `stem`, `zero_init_residual`: see `ResNet`
 )->ResNet:
-    "Build a network by its name, with random weights unless others are given."
+    "A network by its name, in training mode; with random weights if none are given."
     key = str(name).lower()
     if key not in _REGISTRY:
-        nearest = difflib.get_close_matches(key, _REGISTRY, n=1, cutoff=0)[0]
-        raise ValueError(f'model {name!r}: did you mean {nearest!r}? See list_models()')
+        raise ValueError(f'model {name!r}: must be one of {", ".join(_REGISTRY)}')
     if width is not None: kwargs['width'] = width
     model = _REGISTRY[key].build(num_classes=num_classes, **kwargs)
     if weights is None: return model

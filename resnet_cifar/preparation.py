@@ -7,8 +7,10 @@ __all__ = ['epoch_sizes', 'resolve', 'load_or_fetch', 'make_loaders', 'validatio
 
 # %% ../nbs/build/18_preparation.ipynb #imports-export
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,7 @@ from .data import CIFAR10, CLASSES, BatchLoader, load_cifar10, normalize
 from .data import split_train_valid
 from .evaluation import pick_device, pick_precision
 from .fetch import download_cifar10
+from .flags import say
 from .models import create_model, whiten_stem
 from .optimizers import BY_BATCH, EMA
 from .run_folder import Resumed
@@ -65,22 +68,32 @@ def resolve(
         raise ValueError(f'--batch_size {config.batch_size}: must be a multiple of {world_size}, '
                          'the number of processes')
     if config.pin_memory:
-        print(f'--pin_memory: not used, as all data stay on one device ({device.type})')
+        say(f'--pin_memory: not used, as all data stay on one device ({device.type})')
     if device.type!='cpu' and config.num_workers:
-        print(f'--num_workers {config.num_workers}: not used, as batches are made on the GPU')
+        say(f'--num_workers {config.num_workers}: not used, as batches are made on the GPU')
     width = _try_network(config).width
     precision = pick_precision(config.precision, device)
     return dataclasses.replace(config, device=device.type, precision=precision,
                                width=width if isinstance(width, int) else None)
 
 # %% ../nbs/build/18_preparation.ipynb #load_or_fetch
+def _require_no_photos(root):
+    "A `ValueError` for a folder of somebody's images: CIFAR-10 does not belong there."
+    files = itertools.chain(*map(Path(root).glob, ('*.*', '*/*.*', '*/*/*.*')))
+    endings = '.jpg', '.jpeg', '.png', '.webp', '.bmp'
+    photo = next((path for path in files if path.suffix.lower() in endings), None)
+    if photo is not None:
+        raise ValueError(f'--root {root}: there are images ({photo.name}) and no '
+                         'CIFAR-10; give a folder where it is or may be fetched')
+
 def load_or_fetch(
     root:str,                 # folder of the data
     skip_checksum:bool=False, # take the pixels as they are
 )->CIFAR10:
-    "CIFAR-10 from a folder, fetched into it when missing."
+    "CIFAR-10 from a folder, fetched into it when missing; never into one of photos."
     try: return load_cifar10(root, skip_checksum)
-    except FileNotFoundError: download_cifar10(root, skip_checksum=skip_checksum)
+    except FileNotFoundError: _require_no_photos(root)
+    download_cifar10(root, skip_checksum=skip_checksum)
     return load_cifar10(root, skip_checksum)
 
 # %% ../nbs/build/18_preparation.ipynb #make_loaders

@@ -17,19 +17,23 @@ import resnet_cifar
 from .checkpoint import load_checkpoint
 from .config import command_of, config_from_dict
 from .files import read_json, write_json
+from .flags import error_text
 from .run_folder import sources_digest
 
 # %% ../nbs/build/19_records.ipynb #write_record
 def _package(): return Path(resnet_cifar.__file__).resolve().parent # behind any link
 
 def _git(*words):
-    "What git reports about the checkout that the package is in."
-    options = dict(cwd=_package(), capture_output=True, text=True, check=True)
+    "What git prints about the checkout that the package is in."
+    env = os.environ | dict(LC_ALL='C') # its words in English
+    options = dict(cwd=_package(), capture_output=True, text=True, env=env)
     try: done = subprocess.run(['git', *words], **options)
-    except (OSError, subprocess.CalledProcessError):
-        text = 'a record names a commit, and the package is in no git checkout'
-        raise ValueError(text) from None
-    return done.stdout.strip()
+    except OSError as e:
+        raise ValueError(f'a record names a commit: git: {e.strerror}') from None
+    if not done.returncode: return done.stdout.strip()
+    reason = error_text(ValueError(done.stderr)).removeprefix('fatal: ')
+    if 'not a git repository' in reason: reason = 'the package is in no git checkout'
+    raise ValueError(f'a record names a commit: {reason}')
 
 def _clean_checkout():
     "The folder of the checkout; one that no commit describes is a `ValueError`."

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .data import CLASSES
 from .facts import facts_of, inputs_for, loader_for
-from .files import replacing, write_json
+from .files import replacing, require_writable_folder, write_json
 from resnet_cifar.interpret import (
     answer_texts, calibration, cam_strip, class_scores, confused_pairs, fit_temperature,
     grad_cam, plot_calibration, plot_confusion, surest, wilson_interval,
@@ -229,6 +229,7 @@ def write_report(
 )->Path:                    # of `report.html`, which loads nothing; beside it `metrics.json`
     "What a network learned and where it fails, on one page."
     folder, classes = Path(folder), list(facts_of(model).classes)
+    require_writable_folder('report', folder, ('report.html', 'metrics.json'))
     metrics, versions = report_metrics(exam, classes), package_versions()
     low, high = wilson_interval(exam.metrics.accuracy, len(exam.targets))
     num_parameters = sum(p.numel() for p in model.parameters())

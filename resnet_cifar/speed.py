@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from . import __version__
+from .flags import say
 
 # %% ../nbs/learn/09_speed.ipynb #Timing
 class Timing(NamedTuple):
@@ -155,7 +156,7 @@ def compile_model(
         device = next(model.parameters()).device
         torch.compile(lambda x: x*2 + 1)(torch.zeros(8, device=device))
     except Exception as error:
-        print(f'--compile: no compiler works here ({type(error).__name__}), not used')
+        say(f'--compile: no compiler works here ({type(error).__name__}), not used')
         return model
     return _with_sizes_announced(torch.compile(model, dynamic=False))
 
@@ -166,7 +167,7 @@ def _with_sizes_announced(compiled:Callable)->Callable:
         size = ' x '.join(map(str, images.shape[2:]))
         if size in sizes: return compiled(images)
         sizes.add(size)
-        print(f'compiling    for images of {size} pixels', flush=True)
+        say(f'compiling    for images of {size} pixels')
         limit = dict(recompile_limit=8 + len(sizes))
         with torch._dynamo.config.patch(limit): return compiled(images)
     return call

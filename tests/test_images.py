@@ -18,7 +18,9 @@ from PIL import Image
 from resnet_cifar import images as images_module
 from resnet_cifar.cli import main
 from resnet_cifar.data import CLASSES, sample_cifar10
-from resnet_cifar.images import Answer, answer_json, answer_text, list_images, load_image, predict_files, printable, write_explanation
+from resnet_cifar.answers import answer_json, answer_text
+from resnet_cifar.flags import printable
+from resnet_cifar.images import Answer, list_images, load_image, predict_files, write_explanation
 from resnet_cifar.models import create_model
 from resnet_cifar.weights import save_pretrained
 

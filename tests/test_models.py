@@ -237,7 +237,7 @@ def test_names():
     assert list_models()==list(MODELS) # the command line's list, which needs no PyTorch
     assert create_model('ResNet18', width=8, num_classes=3).fc.weight.shape==(3, 64)
     assert create_model('resnet20', width=None).architecture.width==16
-    with pytest.raises(ValueError, match="model 'resnt50': did you mean 'resnet50'"): create_model('resnt50')
+    with pytest.raises(ValueError, match="model 'resnt50': must be one of resnet18, resnet34"): create_model('resnt50')
     with pytest.raises(ValueError, match='model None'): create_model(None)
     with pytest.raises(TypeError, match='depth'): create_model('resnet18', depth=3)
 

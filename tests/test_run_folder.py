@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from faulty import Interrupt, history, make_sample_run, outcome, small  # noqa: F401
+from resnet_cifar.history import Curves, History
 from resnet_cifar import preparation, run_folder, trainer
 from resnet_cifar.checkpoint import load_checkpoint, save_checkpoint
 from resnet_cifar.data import sample_cifar10
@@ -74,14 +75,17 @@ def test_files_agree_with_each_other(runs):
 
 @pytest.mark.parametrize('seconds, drawn', [(1.0, [5]), (14.0, [3, 5]), (60.0, [1, 2, 3, 4, 5])])
 def test_curves_are_drawn_at_the_end_and_about_twice_a_minute(monkeypatch, tmp_path, seconds, drawn):
-    found, state, keeper = [], SimpleNamespace(epoch=0, history=[]), run_folder.History(tmp_path, 5)
-    monkeypatch.setattr(run_folder, '_draw_curves', lambda path, rows: found.append(len(rows)))
-    keeper.before_fit(state)
-    assert not list(tmp_path.iterdir())
+    found, state, keepers = [], SimpleNamespace(epoch=0, history=[]), (History(tmp_path, 5), Curves(tmp_path, 5))
+    def draw(self, rows, file):
+        if rows: Path(file).write_bytes(b'')
+        found.append(len(rows))
+    monkeypatch.setattr(Curves, '_draw', draw)
+    for keeper in keepers: keeper.before_fit(state)
+    assert not list(tmp_path.iterdir()) and found==[0] # tried, into nothing
     for state.epoch in range(1, 6):
         state.history.append(dict(epoch=state.epoch - 1, lr=0.1, train_loss=1.0, train_accuracy=0.5, valid_loss=None, valid_accuracy=None, seconds=seconds))
-        keeper.after_epoch(state)
-    assert found==drawn and len(history(tmp_path))==5
+        for keeper in keepers: keeper.after_epoch(state)
+    assert found==[0, *drawn] and len(history(tmp_path))==5
 
 
 # ---------------------------------------------------------------- one run a folder
@@ -101,7 +105,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(sample_run, tmp_path):
             with pytest.raises(FileExistsError, match='--ckpt_dir .*: another process is training there'): sample_run(tmp_path/'run', num_epochs=1, resume='auto')
     finally: proceed.set()
     thread.join()
-    assert results and not (tmp_path/'run'/'.lock').exists()
+    assert results and not (tmp_path/'run'/'.resnet_cifar.lock').exists()
 
 
 def test_a_killed_process_leaves_no_lock_although_its_children_live(tmp_path):
@@ -110,7 +114,7 @@ def test_a_killed_process_leaves_no_lock_although_its_children_live(tmp_path):
     code = f'''
 import os, time
 from resnet_cifar.files import locked
-with locked({str(tmp_path/"run"/".lock")!r}):
+with locked({str(tmp_path/"run"/".resnet_cifar.lock")!r}):
     os.write(1, b'child\\n' if os.fork()==0 else b'parent\\n')
     time.sleep(60)
 '''
@@ -122,7 +126,7 @@ with locked({str(tmp_path/"run"/".lock")!r}):
         process.wait()
         with RunFolder(tmp_path/'run').held(): pass
     finally: os.killpg(process.pid, signal.SIGKILL) # the child
-    assert not (tmp_path/'run'/'.lock').exists()
+    assert not (tmp_path/'run'/'.resnet_cifar.lock').exists()
 
 
 @pytest.mark.parametrize('settings, resume, error, words', [
@@ -304,7 +308,7 @@ def test_only_what_this_program_made_is_removed(copied, sample_run, tmp_path):
     folder = copied('whole')
     mine = ['notes.txt', 'tensorboard/events.out.tfevents.1.mine', 'tensorboard/figure.png', '.other.tmp.ckpt', 'model.ckpt']
     (folder/'tensorboard').mkdir()
-    for name in [*mine, '.last.tmp.ckpt', '.result.tmp.json', 'last.ckpt.damaged']: (folder/name).write_text(name)
+    for name in [*mine, '.last.resnet_cifar-tmp.ckpt', '.result.resnet_cifar-tmp.json', 'last.ckpt.damaged']: (folder/name).write_text(name)
     sample_run(folder, num_epochs=1, overwrite=True)
     left = [str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()]
     assert sorted(left)==sorted([*mine, *RUN_FILES])

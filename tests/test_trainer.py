@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from faulty import history, make_sample_run, outcome, small  # noqa: F401
+from resnet_cifar.history import TensorBoard
 from resnet_cifar import distributed, forecast, preparation, trainer
 from resnet_cifar.checkpoint import load_checkpoint, state_digest
 from resnet_cifar.config import TrainConfig
@@ -246,9 +247,9 @@ def test_tensorboard(sample_run, tmp_path):
         return [event.step for event in events.Scalars('valid_loss')], [event.value for event in events.Scalars('valid_loss')]
     (tmp_path/'run'/'tensorboard').mkdir(parents=True)
     (tmp_path/'run'/'tensorboard'/'mine').write_text('')
-    sample_run(tmp_path/'run', callbacks=[trainer.TensorBoard(tmp_path/'run')], num_epochs=3, after=9)
+    sample_run(tmp_path/'run', callbacks=[TensorBoard(tmp_path/'run')], num_epochs=3, after=9)
     assert points()[0]==[0, 1]
-    sample_run(tmp_path/'run', callbacks=[trainer.TensorBoard(tmp_path/'run')], num_epochs=3, resume='auto')
+    sample_run(tmp_path/'run', callbacks=[TensorBoard(tmp_path/'run')], num_epochs=3, resume='auto')
     steps, values = points()
     assert steps==[0, 1, 2] and values==pytest.approx([float(row['valid_loss']) for row in history(tmp_path/'run')], rel=1e-6)
     assert (tmp_path/'run'/'tensorboard'/'mine').exists()

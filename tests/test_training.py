@@ -15,8 +15,9 @@ from resnet_cifar.config import OPTIMIZERS, SCHEDULERS, TrainConfig
 from resnet_cifar.data import BatchLoader
 from resnet_cifar.evaluation import Metrics
 from resnet_cifar.optimizers import EMA
+from resnet_cifar.history import plot_history
 from resnet_cifar.training import (
-    Callback, Progress, TrainState, fit, new_state, plot_history, train_epoch, train_step)
+    Callback, Progress, TrainState, fit, new_state, train_epoch, train_step)
 
 matplotlib.use('Agg')
 CONFIG = TrainConfig(num_epochs=2, lr=0.01, precision='fp32')

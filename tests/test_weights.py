@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from conftest import ROOT
-from resnet_cifar import weights
+from resnet_cifar import export, weights
 from resnet_cifar.blocks import BasicBlock, Bottleneck, PoolBlock
 from resnet_cifar.checkpoint import load_checkpoint, save_checkpoint, state_digest
 from resnet_cifar.data import BatchLoader, load_cifar10, sample_cifar10
@@ -380,7 +380,7 @@ def test_onnx_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='net.onnx was not written: it differs by 1.0e'): export_onnx(net, tmp_path/'net.onnx')
     net.fc.bias.data.fill_(float('nan'))
     with pytest.raises(RuntimeError, match='it differs by nan'): export_onnx(net, tmp_path/'net.onnx')
-    monkeypatch.setattr(weights.importlib.util, 'find_spec', lambda name: None if name=='onnxscript' else name)
+    monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None if name=='onnxscript' else name)
     with pytest.raises(ImportError, match=r"ONNX needs onnxscript: pip install 'resnet_cifar\[export\]'"): export_onnx(net, tmp_path/'net.onnx')
     assert list(tmp_path.iterdir())==[]
 
