@@ -29,7 +29,7 @@ def plot_text(
 # %% ../nbs/learn/04_pictures.ipynb #show_images
 def show_images(
     images:Tensor,             # uint8 (N, 3, H, W), at least one
-    titles:Sequence|None=None, # N short texts, written into the images
+    titles:Sequence|None=None, # N texts of one or two lines, written into the images
     columns:int=10,            # images in a row
     ax:Any=None,               # matplotlib `Axes`; left out: new ones
 )->Any:                        # the `Axes`
@@ -43,7 +43,8 @@ def show_images(
     box = dict(facecolor='black', alpha=0.6, pad=0.5, lw=0)
     for i, title in enumerate([] if titles is None else titles):
         y, x = i//columns*(images.shape[2] + 2) + 3, i%columns*(images.shape[3] + 2) + 3
-        ax.text(x, y, plot_text(title), fontsize=min(6, 50/columns), va='top',
+        lines = [plot_text(line, length=100//columns) for line in str(title).splitlines()]
+        ax.text(x, y, '\n'.join(lines), fontsize=min(6, 50/columns), va='top',
                 color='white', bbox=box, parse_math=False)
     ax.set_axis_off()
     return ax
