@@ -327,7 +327,7 @@ def test_variables_of_a_launcher(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGHUP, signal.SIGUSR1])
 def test_signals_that_announce_the_end(tmp_path, number):
     "A terminal that closes, a batch system's warning: the run is saved."
-    done = subprocess.run([*FAULTY, *words('run')], cwd=tmp_path, capture_output=True, text=True, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS='1', FAULTY_SIGNAL=f'0 3 {int(number)}'))
+    done = subprocess.run([*FAULTY, *words('run')], cwd=tmp_path, capture_output=True, text=True, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS='1', FAULTY_SIGNAL=f'0 3 {int(number)}'), preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) # one that is ignored stays so, as `nohup` asks
     assert done.returncode==128 + number and 'stopped; run holds 0 finished epochs and 3 steps of the next' in done.stderr
 
 

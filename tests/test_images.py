@@ -224,7 +224,7 @@ def test_explanations(photos, capfd):
 
 def test_an_explanation_is_whole_or_not_there(photos, monkeypatch):
     answer = next(predict_files(thin(), ['photos/a.png']))
-    monkeypatch.setattr(Image.Image, 'save', lambda self, path, *rest: Path(path).write_bytes(b'half') and 1/0)
+    monkeypatch.setattr(Image.Image, 'save', lambda self, path, *rest, **options: Path(path).write_bytes(b'half') and 1/0)
     with pytest.raises(ZeroDivisionError): write_explanation('why.png', thin(), answer)
     assert [p.name for p in Path().iterdir() if p.is_file()]==[]
 

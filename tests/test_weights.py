@@ -326,7 +326,8 @@ def test_pretrained_round_trip(name, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir())==['config.json', 'model.safetensors']
     for back in (from_pretrained(tmp_path), load_model(tmp_path/'model.safetensors'), create_model(name, 3, width=2, weights=tmp_path)):
         assert state_digest(back)==state_digest(net) and back.architecture==net.architecture
-    assert json.loads((tmp_path/'config.json').read_text())==notes_of(net)==dict(architecture=net.architecture.to_dict()) | net.pretrained_cfg
+    assert notes_of(net)==dict(architecture=net.architecture.to_dict()) | net.pretrained_cfg
+    assert json.loads((tmp_path/'config.json').read_text())==dict(library='resnet_cifar') | notes_of(net)
     assert facts_of(from_pretrained(tmp_path))==facts_of(net) and not from_pretrained(tmp_path).training
     save_pretrained(from_pretrained(tmp_path), tmp_path/'again')
     for file in ('config.json', 'model.safetensors'): assert (tmp_path/'again'/file).read_bytes()==(tmp_path/file).read_bytes()
