@@ -128,11 +128,14 @@ def wait_for_a_save(folder, child, before):
 
 def kill_rounds(rounds, seed):
     "Kill runs at random instants, `rounds` times in all; those that reach their end are compared with runs that nobody killed."
-    import matplotlib.figure  # noqa: F401  in the parent, so that no child spends its life on imports
+    import matplotlib.backends.backend_agg  # noqa: F401  in the parent, so that no child spends its life on imports
+    import matplotlib.style  # noqa: F401
     import torch
     from resnet_cifar import checkpoint, trainer
+    from resnet_cifar.history import Curves
     torch.set_num_threads(1)
     use_sample()
+    Curves.before_fit = lambda self, state: None # drawing once before the first epoch takes longer than many saves
     checkpoint.SAVE_SECONDS = 0 # a save after every step
     rng, top = random.Random(seed), Path(tempfile.mkdtemp())
     counts = dict(kills=0, while_saving=0, runs=0, equal=0)
