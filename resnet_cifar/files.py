@@ -163,8 +163,10 @@ def require_ours(
 )->None:
     "Raise `FileExistsError` for a file in which the name of this program is not found."
     path = Path(path)
-    if path.exists() and not (path.is_file() and b'resnet_cifar' in path.read_bytes()):
-        raise FileExistsError(f'{path} is not of this program: move it away')
+    if not path.exists(): return
+    with open(path, 'rb') as file: # ours says so early, and others' may be huge
+        if b'resnet_cifar' not in file.read(10**7):
+            raise FileExistsError(f'{path} is not of this program: move it away')
 
 def require_writable_folder(
     flag:str,                # its name on the command line, for the message

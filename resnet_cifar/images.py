@@ -117,9 +117,12 @@ def _files_below(folder):
     def fail(error): raise PermissionError(f'{error.filename}: cannot read this folder')
     seen = set()
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        seen.add(os.path.realpath(parent))
-        folders[:] = [f for f in folders if not f.startswith('.')
-                      and os.path.realpath(os.path.join(parent, f)) not in seen]
+        place = os.path.realpath(parent)
+        if place in seen: # by another link, or in a ring
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
         yield from (Path(parent)/name for name in names if not name.startswith('.'))
 
 def _images_in(folder):

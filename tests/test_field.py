@@ -373,6 +373,7 @@ def test_links_and_photos_that_cannot_be_read(tmp_path):
     for path in (folder/'a.png', elsewhere/'b.png', elsewhere/'more'/'c.png'): Image.new('RGB', (4, 4)).save(path)
     for name in ('d.heic', 'e.HEIC', 'f.dng', 'g.jxl', 'notes.txt', '.hidden.heic'): (folder/name).write_bytes(b'x')
     (folder/'link').symlink_to(elsewhere)
+    (folder/'link again').symlink_to(elsewhere) # each photo counts once
     (elsewhere/'ring').symlink_to(folder)
     with pytest.warns(UserWarning) as seen: found = list_images([folder])
     assert [p.name for p in found]==['a.png', 'b.png', 'c.png']
