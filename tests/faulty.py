@@ -126,6 +126,17 @@ def wait_for_a_save(folder, child, before):
         time.sleep(0.0002)
 
 
+def stop_while_saving(folder, child, before, rng):
+    "Halt the child at a random moment of a save; where a machine was quicker than that, of the next one."
+    while not has_ended(child):
+        wait_for_a_save(folder, child, before)
+        time.sleep(rng.uniform(0, 0.004))
+        os.kill(child, signal.SIGSTOP)
+        os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if unfinished(folder) - before: return
+        os.kill(child, signal.SIGCONT)
+
+
 def kill_rounds(rounds, seed):
     "Kill runs at random instants, `rounds` times in all; those that reach their end are compared with runs that nobody killed."
     import matplotlib.backends.backend_agg  # noqa: F401  in the parent, so that no child spends its life on imports
@@ -153,8 +164,7 @@ def kill_rounds(rounds, seed):
             if counts['kills'] < rounds:
                 time.sleep(rng.uniform(0.05, 0.8))
                 if counts['kills']%2: # every other time a random moment after a save has begun
-                    wait_for_a_save(killed, child, before)
-                    time.sleep(rng.uniform(0, 0.004))
+                    stop_while_saving(killed, child, before, rng)
                 os.kill(child, signal.SIGKILL)
             is_finished = end(child)
             if not is_finished:
